@@ -314,6 +314,31 @@ def test_a_damaged_tokenizer_like_gpt2s_is_refused(change, gpt2_merges, tmp_path
         vocabulary.load(vocabulary.in_folder(tmp_path))
 
 
+@pytest.mark.parametrize("name", PARTS)
+def test_merges_that_were_cut_off_are_noticed(name, byte_level, tmp_path, caplog):
+    folder = shutil.copytree(byte_level / name, tmp_path / "own")
+    whole = json.loads((byte_level / "whole/tokenizer.json").read_text())
+    merges = whole["model"]["merges"]
+    count, place = len(merges), "merges.txt" if name == "parts" else "tokenizer.json"
+    for kept in (count, count - 1, (count + 1) // 2, count // 2 - 1, 0):
+        whole["model"]["merges"] = merges[:kept]
+        lines = ["#version: 0.2", *(" ".join(one) for one in merges[:kept]), ""]
+        text = "\n".join(lines) if name == "parts" else json.dumps(whole)
+        (folder / place).write_text(text)
+        warn_once.cache_clear()
+        caplog.clear()
+        said = f"no merge makes {count - kept} of {count} tokens"
+        for read in (vocabulary.describe, vocabulary.load):
+            if 2 * kept < count:
+                words = re.escape(f"{folder / place} is damaged ({said})")
+                with pytest.raises(UserError, match=words):
+                    read(str(folder))
+            else:
+                assert read(str(folder))
+        lines = [one for one in caplog.messages if one.startswith(f"{folder / place}:")]
+        assert [said in one for one in lines] == [True] * (count / 2 <= kept < count)
+
+
 def test_gpt2_with_other_files_beside_is_not_taken_for_gpt2(gpt2_merges, tmp_path):
     vocab = json.dumps(tokenizer_files._vocabulary_of("gpt2"))
     (tmp_path / "vocab.json").write_text(vocab)

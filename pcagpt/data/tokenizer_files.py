@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from pcagpt.data.tokenizer import (
     encoding_from_ranks,
     load_tokenizer,
 )
-from pcagpt.errors import OF_NO_FILE, UserError
+from pcagpt.errors import OF_NO_FILE, UserError, warn_once
 from pcagpt.file_hashes import read_once, sha256_of_file, stamp_of
 from pcagpt.files import odd_kind
 from pcagpt.json_files import read_json
@@ -42,6 +43,7 @@ _GPT2 = "GPT2Tokenizer"  # a class of transformers
 _PARTS = (VOCAB, MERGES, _ADDED, "vocab.txt", "*.model", "*.tiktoken")
 _ENDS = ("bos_token", "eos_token", "unk_token")  # <|endoftext|> if none is named
 RANK_ENDING = ".tiktoken"
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token, as in Llama 2
 _LOST = "\ufffd"  # stands for bytes that are no character
 _LACKING = "\0lacking"  # is no token
 _SAYING_LACKING = (_LACKING, "`unk_id` is missing")  # errors of the package
@@ -280,6 +282,7 @@ def describe(file: Path) -> Numbering:
         sha256 = hashlib.sha256(pair.encode()).hexdigest()
     if file.suffix == RANK_ENDING:
         return Numbering(_ranks(file)[1], sha256)
+    _check_merges(file)
     if END_OF_TEXT not in _id_of_text(file):  # Other files name what ends documents.
         pair = f"{sha256} {_end_beside(file)}"
         sha256 = hashlib.sha256(pair.encode()).hexdigest()
@@ -323,8 +326,7 @@ def _name_by_content(file: Path, _: object) -> str | None:
 def _merges_of_gpt2s_kind(file: Path) -> list[Any] | None:
     """The merges in a file that cuts and joins a text as GPT-2 does; None in others."""
     if file.name == VOCAB:
-        lines = file.with_name(MERGES).read_text("utf-8", "replace").splitlines()
-        return [line for line in lines if line and not line.startswith("#version")]
+        return _lines_of_merges(file)
     if file.suffix == gguf_header.ENDING:
         fields = gguf_header.tokenizer_fields(file)
         return fields.merges if fields.kind == ("gpt2", "gpt-2") else None
@@ -340,6 +342,59 @@ def _merges_of_gpt2s_kind(file: Path) -> list[Any] | None:
     has_end = isinstance(added, list) and any(map(_is_plain_end, added))
     is_alike = is_cut_so and not is_changed and is_joined_so and has_end
     return merges if is_alike and isinstance(merges, list) else None
+
+
+def _lines_of_merges(vocab: Path) -> list[str]:
+    """The merges in the merges.txt beside a vocab.json."""
+    lines = vocab.with_name(MERGES).read_text("utf-8", "replace").splitlines()
+    return [line for line in lines if line and not line.startswith("#version")]
+
+
+def _check_merges(file: Path) -> None:
+    """UserError if no merge makes most tokens; a warning if it is so of a few.
+
+    Then merges were cut off, and texts get other tokens. In the intact files of Llama
+    2 and 3, Gemma 3, Qwen 3, DeepSeek-V3, gpt-oss and Claude, merges make all tokens
+    but letters, bytes and added tokens. Others may have some more special tokens.
+    """
+    place = file.with_name(MERGES) if file.name == VOCAB else file
+    lacking, size = _unmade(file, stamp_of(place))
+    said = f"no merge makes {len(lacking):,} of {size:,} tokens"
+    if 2 * len(lacking) > size:
+        raise UserError(f"{place} is damaged ({said}): {_DAMAGED}")
+    if lacking:
+        warn_once(
+            f"{place}: {said}, such as {lacking[0]!r}; if the file was cut off, texts "
+            f"get other tokens than the model knows: {_DAMAGED}"
+        )
+
+
+@read_once
+def _unmade(file: Path, _: object) -> tuple[list[str], int]:
+    """(tokens that no merge makes although they need one, how many need one).
+
+    The stamp of merges.txt has a pair of files read again if that one changes.
+    """
+    if file.name == VOCAB:
+        model, merges, added = {}, _lines_of_merges(file), ()
+    else:
+        whole = read_json(file, _DAMAGED) or {}
+        model, added = whole.get("model"), whole.get("added_tokens") or ()
+        merges = model.get("merges") if isinstance(model, dict) else None
+    if not isinstance(merges, list):  # It joins no letters.
+        return [], 0
+    start, end = (model.get(name) or "" for name in _OTHER_JOINS[1:])
+    pairs = (one if isinstance(one, list) else str(one).split(" ") for one in merges)
+    made = {str(one[0]) + str(one[-1]).removeprefix(start) for one in pairs if one}
+    texts = _id_of_text(file)
+    known = {END_OF_TEXT, *(one["content"] for one in added)}
+    needing = [
+        text
+        for text in texts
+        if len(text.removeprefix(start).removesuffix(end)) > 1
+        and not (text in known or _BYTE.fullmatch(text))
+    ]
+    return [text for text in needing if text not in made], len(needing)
 
 
 def _is_plain_end(added: Any) -> bool:
@@ -376,6 +431,7 @@ def load(file: Path) -> tiktoken.Encoding | FileTokenizer:
         if getattr(made.model, "dropout", None):
             made.model.dropout = None
     id_of_text = _id_of_text(file)
+    _check_merges(file)
     if problem := _disagreement(file):
         raise UserError(f"{file} {problem}: {_SAVE_WHOLE}")
     texts = (END_OF_TEXT, _end_beside(file))
