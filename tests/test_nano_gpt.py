@@ -5,6 +5,7 @@ import pickle
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import gpt2_folders
 import numpy as np
@@ -16,7 +17,7 @@ from runs import assert_equal, snapshot
 import pcagpt
 from pcagpt import trees
 from pcagpt.errors import UserError
-from pcagpt.run import checkpoint
+from pcagpt.run import checkpoint, nano_gpt
 from pcagpt.run.own_tokens import OwnTokens
 from pcagpt.run.trained import Run
 
@@ -227,8 +228,9 @@ SPOILT = {
     "lightning": (lambda _: {"model_args": None}, "'model_args' is None"),
     "code": (
         lambda _: {"config": np.random.default_rng},
-        "more than tensors and plain",
+        "more than tensors and plain values (numpy.random",
     ),
+    "path": (lambda _: {"config": Path("a")}, "(pathlib.PosixPath): save it again"),
 }
 
 
@@ -260,6 +262,19 @@ def test_one_flipped_bit_in_a_tensor_is_refused(torch, tmp_path):
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"cannot be read \(Bad CRC-32.*: restore it"):
         Run.open(folder)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64])
+def test_a_number_of_numpy_beside_the_weights_does_no_harm(kind, torch, tmp_path):
+    folder = write(torch, tmp_path / "out", best_val_loss=kind(2))
+    assert Run.open(folder).table_shape == (97, 16)
+
+
+def test_a_checkpoint_is_not_mapped_into_memory(torch, tmp_path):
+    """The process would end if nanoGPT wrote it anew meanwhile."""
+    file = write(torch, tmp_path / "out") / "ckpt.pt"
+    _, tensors = nano_gpt._read(file.parent)
+    assert tensors and str(file) not in Path("/proc/self/maps").read_text()
 
 
 def test_a_checkpoint_that_was_written_without_sums_is_read(torch, tmp_path):

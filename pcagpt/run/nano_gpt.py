@@ -1,6 +1,7 @@
 """nanoGPT's ckpt.pt as a run: its record and its weights. Needs PyTorch to read it."""
 
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pcagpt.data.meta import MOST_TOKENS
-from pcagpt.errors import OF_NO_FILE, UserError, unreadable
+from pcagpt.errors import OF_NO_FILE, UserError, reason_of, unreadable
 from pcagpt.file_hashes import read_once
 from pcagpt.json_files import check_fields
 from pcagpt.run.build import MOST_LAYERS
@@ -144,33 +145,44 @@ def _load(path: Path) -> Any:
             f"{path} can only be read with PyTorch: pip install 'pcagpt[hf]'"
         ) from None
     try:
-        # Mapped, so that the state of the optimizer takes no memory.
-        stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         _check_sums(path)
-        return stored
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0][:120]
-        raise UserError(
-            f"{path} is not read, because it holds more than tensors and plain values "
-            f"({reason}): {_REMEDY}"
-        ) from None
+        with torch.serialization.safe_globals(_of_numbers()):
+            # No memory map: nanoGPT writes the file in place, and the system ends a
+            # process that reads a mapped file after its end is cut off.
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OF_NO_FILE:
         raise
     # torch raises errors of many types for other content.
     except Exception as error:
         if found := unreadable(error):
             raise found from None
-        reason = " ".join(str(error).split())[:120]
+        refused = isinstance(error, pickle.UnpicklingError) and str(error)
+        if refused and (name := re.search(r"(?:GLOBAL |<class ')([\w.]+)", refused)):
+            raise UserError(
+                f"{path} is not read, because it holds more than tensors and plain "
+                f"values ({name[1]}): save it again with text or numbers in place of "
+                f"that, or {_REMEDY}"
+            ) from None
+        reason = "a pickle of another kind" if refused else reason_of(error)
         raise UserError(
             f"{path} cannot be read ({reason}): restore it, or {_REMEDY}"
         ) from None
+
+
+def _of_numbers() -> list[Any]:
+    """What the pickles of NumPy's numbers name, such as a best_val_loss."""
+    number = np.float64().__reduce__()[0]
+    # NumPy 1 had another name for it.
+    names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
+    kinds = {type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + "?efd"}
+    return [*((number, name) for name in names), np.dtype, *kinds]
 
 
 @read_once
 def _check_sums(path: Path) -> None:
     """BadZipFile if a record has another sum than the file says.
 
-    torch does not look at the sums of a mapped file.
+    torch does not look at the sums.
     """
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
