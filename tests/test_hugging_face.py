@@ -6,6 +6,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import gpt2_folders
 import numpy as np
@@ -220,6 +221,32 @@ def test_a_model_that_is_replaced_while_it_is_read_ends_no_command_with_a_traceb
     with pytest.raises(UserError, match="replaced or changed while this command"):
         _ = run.weights
     assert Run.open(folder).weights
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_does_not_end_the_process(folder):
+    file = folder / "model.safetensors"
+    with (
+        pytest.raises(UserError, match="model.safetensors cannot be read"),
+        hugging_face.opened(file) as opened,
+    ):
+        assert str(file) not in Path("/proc/self/maps").read_text()
+        os.truncate(file, file.stat().st_size // 2)
+        for name in opened.keys():  # noqa: SIM118  # It is no dict.
+            opened.get_tensor(name)
+
+
+def test_an_error_of_a_file_that_is_just_written_anew_says_nothing_of_damage(
+    folder, monkeypatch
+):
+    run = Run.open(folder)
+
+    def write_and_fail(place):
+        write(folder, tensors(seed=1))
+        raise ValueError
+
+    monkeypatch.setattr(hugging_face, "read_weights", write_and_fail)
+    with pytest.raises(UserError, match="replaced or changed while this command"):
+        _ = run.weights
 
 
 # What it serves.

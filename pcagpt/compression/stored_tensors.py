@@ -5,13 +5,10 @@ It finds the token table among them.
 Shape letters: V vocabulary, D model width.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
 from pcagpt.compression.sides import OUTPUT
 from pcagpt.errors import UserError
@@ -31,7 +28,7 @@ def find(folder: Path) -> tuple[dict[str, Path], list[str]]:
     shape = [record["vocab_size"], record["model"]["n_embd"]]
     files, tables = {}, []
     for path in hugging_face.files(folder):
-        with _opened(path) as file:
+        with hugging_face.opened(path) as file:
             for name in file.keys():  # noqa: SIM118  # It is no dict.
                 files[name] = path
                 if file.get_slice(name).get_shape() == shape:
@@ -43,7 +40,7 @@ def read(files: dict[str, Path], names: Iterable[str]) -> dict[str, np.ndarray]:
     """{name: array} of tensors in their own types; `files` says where they are."""
     found = {}
     for path in sorted({files[name] for name in names}):
-        with _opened(path) as file:
+        with hugging_face.opened(path) as file:
             own = [name for name in names if files[name] == path]
             found |= {name: file.get_tensor(name) for name in own}
     return found
@@ -55,7 +52,7 @@ def dtype_of(folder: Path) -> str:
     It is that of the first floating-point tensor; 'float32' if there is no such tensor.
     """
     for path in hugging_face.files(folder):
-        with _opened(path) as file:
+        with hugging_face.opened(path) as file:
             for name in file.keys():  # noqa: SIM118  # It is no dict.
                 if found := hugging_face.DTYPES.get(file.get_slice(name).get_dtype()):
                     return found
@@ -96,9 +93,3 @@ def check_table(folder: Path, side: str, table_VD: np.ndarray) -> None:
             "model, so that export could not replace it: such a model cannot be "
             "compressed"
         )
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    with hugging_face.reading(path), safe_open(path, framework="numpy") as file:
-        yield file

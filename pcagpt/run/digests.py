@@ -48,9 +48,11 @@ def present(folder: Path) -> Iterator[None]:
     """Raises Deleted, also in place of an error, if a checkpoint that is read is gone.
 
     The whole folder is taken away or replaced at once: what is still there and cannot
-    be read is damaged. A GGUF file counts as a folder.
+    be read is damaged. A GGUF file counts as a folder. Other programs write their files
+    anew in place: an error then means nothing if they have changed.
     """
     known: int | None = None
+    before = _stamps_of_others(folder)
     try:  # It stays open, so that no other folder gets its number.
         known = os.open(folder, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -60,7 +62,7 @@ def present(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        if is_same_place(folder, known):
+        if is_same_place(folder, known) and _stamps_of_others(folder) == before:
             raise
     else:
         if is_same_place(folder, known):
@@ -69,6 +71,13 @@ def present(folder: Path) -> Iterator[None]:
         if known is not None:
             os.close(known)
     raise _gone(folder)
+
+
+def _stamps_of_others(folder: Path) -> dict[str, tuple[int, ...]]:
+    """`stamps` of a model of another program; {} of a checkpoint of ours."""
+    with contextlib.suppress(OSError):
+        return stamps(folder) if foreign.is_model(folder) else {}
+    return {}
 
 
 def _gone(folder: Path) -> Deleted:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
 from pcagpt import coding
 from pcagpt.errors import UserError
@@ -73,7 +72,7 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
     stored, config = _configs(folder)
     is_coded = "table" not in stored
     path = folder / (OTHERS if is_coded else hugging_face.WEIGHTS)
-    with hugging_face.reading(path), safe_open(path, framework="numpy") as file:
+    with hugging_face.opened(path) as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     sizes = (config[name] for name in ("n_positions", "n_layer", "n_embd"))
     paths = {PREFIX + n: leaf.path for n, leaf in leaves(0, *sizes).items()}

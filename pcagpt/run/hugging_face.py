@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from pcagpt.data.file_kinds import HEAD_BYTES, foreign_kind
 from pcagpt.data.meta import MOST_TOKENS
-from pcagpt.errors import UserError, unreadable
+from pcagpt.errors import UserError, reason_of, unreadable
 from pcagpt.files import refuse_odd
 from pcagpt.json_files import check_fields, read_json
 from pcagpt.run.build import MOST_LAYERS
@@ -203,7 +203,7 @@ def _tensors(folder: Path, config: Mapping[str, Any]) -> Iterator[dict[str, tupl
         found: dict[str, tuple] = {}
         for path in files(folder):
             with reading(path):
-                file = stack.enter_context(safe_open(path, framework="numpy"))
+                file = stack.enter_context(_open(path, "numpy"))
                 for name, stored in plain_names(file.keys()):
                     tensor = file, stored, path
                     if name in found and not are_equal(
@@ -240,7 +240,7 @@ def _tensors(folder: Path, config: Mapping[str, Any]) -> Iterator[dict[str, tupl
 
 def check_filled(path: Path) -> None:
     """UserError if the end of a file of safetensors was never written."""
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         begin = 8 + int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(begin - 8))
     header.pop("__metadata__", None)
@@ -320,7 +320,7 @@ def files(folder: Path) -> list[Path]:
     holder: dict[str, str] = {}
     for name in names:
         path = folder / name
-        with reading(path), safe_open(path, framework="numpy") as file:
+        with opened(path) as file:
             for tensor in file.keys():  # noqa: SIM118  # It is no dict.
                 if (other := holder.setdefault(tensor, name)) != name:
                     raise UserError(
@@ -328,6 +328,21 @@ def files(folder: Path) -> list[Path]:
                         "two downloads do: download the model again"
                     )
     return [folder / name for name in names]
+
+
+@contextlib.contextmanager
+def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
+    """A file of safetensors; errors are as for `reading`."""
+    with reading(path), _open(path, framework) as file:
+        yield file
+
+
+def _open(path: Path, framework: str) -> Any:
+    """A file of safetensors, which is read where it is used, without a memory map.
+
+    The system ends a process that reads a mapped file after its end is cut off.
+    """
+    return safe_open(path, framework=framework, backend="pread")
 
 
 @contextlib.contextmanager
@@ -341,5 +356,5 @@ def reading(path: Path) -> Iterator[None]:
             raise found from None
         with open(path, "rb") as file:
             kind = foreign_kind(file.read(HEAD_BYTES))
-        reason = kind or " ".join(str(error).split())[:120]
+        reason = kind or reason_of(error)
         raise UserError(f"{path} cannot be read ({reason}): {_RESTORE}") from None
