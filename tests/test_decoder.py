@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 import json
+import shutil
 import sys
 import threading
 import time
@@ -580,6 +581,23 @@ def llama(tmp_path):
     return tmp_path / "theirs"
 
 
+def write_zeros(file):
+    """Writes zeros over the values of a file of weights, in place."""
+    with file.open("r+b") as content:
+        begin = 8 + int.from_bytes(content.read(8), "little")
+        content.seek(begin)
+        content.write(bytes(file.stat().st_size - begin))
+
+
+def test_an_opened_model_does_not_change_with_its_file(llama):
+    model = Decoder(llama, 16)
+    values = {name: p.detach().clone() for name, p in model.model.named_parameters()}
+    write_zeros(llama / "model.safetensors")
+    for name, parameter in model.model.named_parameters():
+        assert torch.equal(parameter, values[name]), name
+    assert model._head.weight is model._embedding.weight
+
+
 def test_the_same_table_twice_is_one(llama):
     stored = Decoder(llama, 16).table_VD
     add(torch.as_tensor(stored))(llama)
@@ -725,6 +743,49 @@ def test_a_sweep_of_another_architecture_writes_rows_and_tables(swept):
     assert table.dense().shape == model.table_VD.shape
     codes, _ = coding.read(folder / "best_coded_k16" / "table.pcat")
     assert codes.dense().shape == model.table_VD.shape
+
+
+def test_a_model_that_is_overwritten_during_a_sweep_changes_no_row(
+    swept, tmp_path, monkeypatch, caplog
+):
+    warn_once.cache_clear()
+    settings, folder = swept
+    own = shutil.copytree(settings.model_path, tmp_path / "theirs")
+    score = Decoder.score
+
+    def score_and_overwrite(*args):
+        found = score(*args)
+        write_zeros(own / "model.safetensors")
+        return found
+
+    monkeypatch.setattr(Decoder, "score", score_and_overwrite)
+    asked = {"model_path": str(own), "workdir": str(tmp_path / "again")}
+    compress(settings.replace(asked), "a command")
+    rows = [
+        [row | {"seconds": 0} for row in json.loads(file.read_text())["rows"]]
+        for place in (folder, tmp_path / "again" / "compressed")
+        for file in [place / "sweep.json"]
+    ]
+    assert rows[0] == rows[1]
+    assert "theirs was replaced or changed after this command read it" in caplog.text
+
+
+def test_a_model_that_is_overwritten_while_it_is_opened_is_refused(
+    swept, tmp_path, monkeypatch
+):
+    settings, _ = swept
+    own = shutil.copytree(settings.model_path, tmp_path / "theirs")
+    tables_of = decoder.tables_of
+
+    def overwrite_and_find(*args):
+        write_zeros(own / "model.safetensors")
+        return tables_of(*args)
+
+    monkeypatch.setattr(decoder, "tables_of", overwrite_and_find)
+    asked = {"model_path": str(own), "workdir": str(tmp_path / "again")}
+    with pytest.raises(UserError, match="replaced or changed while this command"):
+        compress(settings.replace(asked), "a command")
+    assert not (tmp_path / "again" / "compressed").exists()
 
 
 def test_only_export_takes_a_compressed_table(swept):

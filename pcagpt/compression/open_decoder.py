@@ -17,7 +17,6 @@ from typing import Any, TextIO
 
 import torch
 import transformers
-from safetensors import safe_open
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from pcagpt.array_files import check_values
@@ -158,6 +157,7 @@ def open_model(folder: Path) -> Any:
         raise UserError(
             f"transformers cannot open {folder}: {reason_of(error)}"
         ) from None
+    _copy(model)
     if not is_file:
         _check_files(model, folder)
     # It would go on with random numbers.
@@ -175,6 +175,16 @@ def open_model(folder: Path) -> Any:
         _check_header(model, folder)
     _check_values(model, folder)
     return model
+
+
+def _copy(model: Any) -> None:
+    """Moves all tensors out of the files, which transformers maps into memory.
+
+    A file that is written in place would otherwise change the model, or end the
+    process if it becomes shorter. Only while transformers opens it, that can happen.
+    """
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _check_values(model: Any, folder: Path) -> None:
@@ -321,7 +331,7 @@ def _check_files(model: Any, folder: Path) -> None:
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     found: dict[str, tuple[str, Path]] = {}
     for path in hugging_face.files(folder):
-        with safe_open(path, framework="pt") as file:
+        with hugging_face.opened(path, "pt") as file:
             names = file.keys()
             types = {name: file.get_slice(name).get_dtype() for name in names}
         for name, kind in types.items():
@@ -342,7 +352,7 @@ def _check_files(model: Any, folder: Path) -> None:
 
 
 def _tensor(path: Path, name: str) -> torch.Tensor:
-    with safe_open(path, framework="pt") as file:
+    with hugging_face.opened(path, "pt") as file:
         return file.get_tensor(name)
 
 
@@ -388,7 +398,7 @@ def _check_stored_table(model: Any, tables: tuple, folder: Path) -> None:
     own |= {name.removeprefix(prefix) for name in own}
     first: tuple[str, torch.Tensor] | None = None
     for path in hugging_face.files(folder):
-        with safe_open(path, framework="pt") as file:
+        with hugging_face.opened(path, "pt") as file:
             for name in sorted(own & set(file.keys())):
                 table = file.get_tensor(name)
                 if first and not torch.equal(first[1], table):

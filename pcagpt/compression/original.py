@@ -21,12 +21,12 @@ from pcagpt.compression.sides import INPUT, OUTPUT
 from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.corpus import Corpus
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, warn_once
 from pcagpt.factorization import Statistics
 from pcagpt.factorization.factor_files import check_rows_differ
 from pcagpt.losses.deciles import frequency_deciles
 from pcagpt.rows import SwapScores
-from pcagpt.run import calibrate
+from pcagpt.run import calibrate, digests
 from pcagpt.run.exported import compressions
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement
@@ -166,6 +166,23 @@ class Original:
             told=run.tokens.told_by(corpus, settings.data.tokenizer),
         )
 
+    def check_unchanged(self) -> None:
+        """UserError if the folder of the run now holds another one.
+
+        A model of another architecture is a copy in memory, so that what was made of it
+        is right: a warning is enough.
+        """
+        try:
+            self.run.check_unchanged()
+        except UserError:
+            if not self.run.architecture:
+                raise
+            warn_once(
+                f"{self.run.folder} was replaced or changed after this command read "
+                "it: the results are of the model as it was, and to export a table, "
+                "restore that one"
+            )
+
     def of_each_table(self) -> list["Original"]:
         """Itself; or, of an untied model, one for each table that is not compressed."""
         if not self.model.sides:
@@ -290,7 +307,9 @@ def _decoder(run: Run, window: int) -> "Decoder":
     """The model of a run of another architecture; UserError without the extra hf."""
     with of_extra(run.folder, run.architecture):
         from pcagpt.compression.decoder import Decoder
-    model = Decoder(run.folder, window)
+    _ = run.fingerprint  # of the files, before they are read
+    with digests.present(run.folder):
+        model = Decoder(run.folder, window)
     width, expected = model.table_VD.shape[1], run.record["model"]["n_embd"]
     if width != expected:  # Exports would not find it.
         raise UserError(
@@ -301,6 +320,7 @@ def _decoder(run: Run, window: int) -> "Decoder":
         for side in model.sides or ("",):
             table_VD = model.of_side(side).table_VD
             stored_tensors.check_table(run.folder, side, table_VD)
+    run.check_unchanged()
     return model
 
 

@@ -55,10 +55,10 @@ def write_model(
     Another model is moved aside, unless it `stays`: then False is returned, and nothing
     is written. A changed file of a table is moved aside, too.
 
-    Raises UserError if the folder of the original now holds another run, Unreadable if
-    the system does not let the folder be read.
+    Raises UserError as `Original.check_unchanged`, Unreadable if the system does not
+    let the folder be read.
     """
-    original.run.check_unchanged()
+    original.check_unchanged()
     weights, _ = _model_of(original, candidate.table, candidate.codes)
     if (
         is_of(folder, original, row)
@@ -78,7 +78,7 @@ def write_model(
 
 def write_new(folder: Path, original: Original, candidate: Candidate, row: Row) -> None:
     """As `write_model`, into an empty folder."""
-    original.run.check_unchanged()
+    original.check_unchanged()
     weights, sizes = _model_of(original, candidate.table, candidate.codes)
     record = _record(folder, original, candidate, weights, sizes)
     if weights:
