@@ -5,10 +5,12 @@ import codecs
 import contextlib
 import contextvars
 import ctypes
+import errno
 import io
 import logging
 import os
 import signal
+import stat
 import sys
 import threading
 import warnings
@@ -188,7 +190,7 @@ def _end_with_thread(uncaught: threading.ExceptHookArgs) -> None:
     if not line:
         threading.__excepthook__(uncaught)
         return
-    os.write(2, f"pcagpt: {line}\n".encode())
+    tell(line)
     os._exit(REFUSED)
 
 
@@ -226,7 +228,10 @@ def _in_plain_signs(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 class _Output(io.FileIO):
-    """stdout: an error of the system says that it is about this stream, not a disk."""
+    """stdout: an error of the system says that it is about this stream, not a disk.
+
+    What goes to a terminal that was closed is dropped.
+    """
 
     def write(self, data: bytes) -> int:
         """Writes; UserError if that fails and the stream has a reader."""
@@ -235,6 +240,9 @@ class _Output(io.FileIO):
         except BrokenPipeError:
             raise
         except OSError as error:
+            mode = os.fstat(self.fileno()).st_mode
+            if error.errno == errno.EIO and stat.S_ISCHR(mode):  # No disk: a terminal.
+                return len(data)
             raise UserError(
                 f"stdout cannot be written ({error.strerror}): send it elsewhere"
             ) from None
@@ -295,8 +303,7 @@ _first = threading.Lock()
 def say_others_ended(reason: str = "") -> NoReturn:
     """Ends this process because another one did; only the first thread says so."""
     _first.acquire()
-    told = _OTHERS_ENDED.format(reason and f" ({reason})")
-    os.write(2, f"pcagpt: {told}\n".encode())
+    tell(_OTHERS_ENDED.format(reason and f" ({reason})"))
     os._exit(FAILED)
 
 
@@ -307,7 +314,7 @@ def exit_code(number: int) -> int:
 
 def tell(message: str) -> None:
     """Writes a line to stderr at once, also while a signal is handled."""
-    with contextlib.suppress(OSError):  # stderr is closed.
+    with contextlib.suppress(OSError):  # stderr is closed, or its terminal is.
         below = "\n" if os.isatty(2) else ""  # A bar may be shown.
         os.write(2, f"{below}pcagpt: {message}\n".encode())
 

@@ -19,6 +19,7 @@ from runs import assert_equal, quick_environment, saved_state
 from pcagpt import process
 from pcagpt.errors import Interrupted, explain, unreadable
 from pcagpt.pipeline import execute, tasks
+from pcagpt.run import checkpoint
 from pcagpt.run.checkpoint import Checkpoints
 from pcagpt.sharding import processes
 from pcagpt.telemetry import progress
@@ -258,8 +259,7 @@ process.end(2)
     assert python("-c", script, timeout=30).returncode == 2
 
 
-def test_a_thread_that_the_system_stops_ends_the_process():
-    script = """
+WRITER = """
 import errno, threading, time
 from pcagpt import process
 process.prepare()
@@ -268,16 +268,7 @@ def write():
 threading.Thread(target=write).start()
 time.sleep(60)
 """
-    ended = python("-c", script, timeout=30)
-    assert ended.returncode == 2
-    assert re.fullmatch("pcagpt: events: no space left on device: .*\n", ended.stderr)
-
-
-# Other processes.
-
-
-def test_an_abort_of_jax_is_one_line_although_the_main_thread_waits():
-    script = """
+ABORTS = """
 import os, threading, time
 from pcagpt import process
 process.end_with_others()
@@ -285,7 +276,26 @@ for _ in range(2):
     threading.Thread(target=os.abort).start()
 time.sleep(60)
 """
-    ended = python("-c", script, timeout=30)
+
+
+def test_a_thread_that_the_system_stops_ends_the_process():
+    ended = python("-c", WRITER, timeout=30)
+    assert ended.returncode == 2
+    assert re.fullmatch("pcagpt: events: no space left on device: .*\n", ended.stderr)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="about Linux")
+@pytest.mark.parametrize(("script", "code"), [(WRITER, 2), (ABORTS, 1)])
+def test_a_process_that_cannot_say_why_still_ends(script, code):
+    with open("/dev/full", "w") as full:
+        assert python("-c", script, stderr=full, timeout=30).returncode == code
+
+
+# Other processes.
+
+
+def test_an_abort_of_jax_is_one_line_although_the_main_thread_waits():
+    ended = python("-c", ABORTS, timeout=30)
     assert ended.returncode == 1
     assert re.fullmatch(
         "pcagpt: another process of this run .* what is saved\n", ended.stderr
@@ -559,6 +569,40 @@ def test_a_signal_when_all_is_done_changes_nothing(number):
     """Registered before pcagpt's own function: Python calls it later."""
     ended = python("-c", COMMAND, str(int(number)), "atexit.register(send)")
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+# Starts a command as a shell on a terminal does: SIGHUP has a given handler.
+ON_TERMINAL = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGHUP, getattr(signal, sys.argv[1]))
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+@pytest.mark.parametrize(
+    ("handler", "steps", "code"), [("SIG_IGN", 400, 0)]
+)
+def test_a_closed_terminal_saves_and_ends_training_unless_nohup_ignores_it(
+    handler, steps, code, corpus_folder, tmp_path
+):
+    terminal, end = os.openpty()
+    train = tiny("baseline.py", corpus_folder, workdir=tmp_path, train={"steps": steps})
+    started = subprocess.Popen(
+        [sys.executable, "-c", ON_TERMINAL, handler, "-m", "pcagpt.main", *train],
+        env=quick_environment() | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        **dict.fromkeys(("stdin", "stdout", "stderr"), end),
+    )
+    os.close(end)
+    said = b""
+    while b"loss" not in said:  # A bar shows it during training.
+        said += os.read(terminal, 4096)
+    os.close(terminal)
+    assert started.wait(120) == code
+    run_dir = tmp_path / "gpt_baseline"
+    assert checkpoint.exists(run_dir)
+    assert (run_dir / "result.json").exists() == (code == 0)
 
 
 def test_a_signal_while_an_object_is_freed_ends_the_process():
