@@ -56,8 +56,9 @@ Finished runs are skipped, interrupted runs resume. Exit codes:
       disk; what was saved before is kept
   75  stopped by SIGUSR1 or SIGUSR2, which Slurm sends if --signal asks for a warning:
       training has saved, the same command goes on
-   1  a bug; Ctrl-C or SIGTERM, after training has saved; another process of the same
-      run has ended, noticed within a minute
+   1  a bug; Ctrl-C, SIGTERM or a closed terminal (SIGHUP, unless nohup ignores it),
+      after training has saved; another process of the same run has ended, noticed
+      within a minute
 
   --print_config    show every knob's value and the plan, and stop
   --help            show this text

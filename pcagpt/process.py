@@ -25,7 +25,8 @@ from pcagpt.errors import Interrupted, UserError, explain
 
 SUCCEEDED, FAILED, REFUSED, WARNED = 0, 1, 2, 75  # exit codes; `main` explains them
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm's --signal sends one before the end
-STOPS = (signal.SIGINT, signal.SIGTERM, *WARNINGS)
+# A terminal that is closed sends SIGHUP.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *WARNINGS)
 SEARCH_INTERRUPTED = (
     "interrupted: a search for a bound saves only the model's statistics; run the same "
     "command again to search from the start"
@@ -333,7 +334,9 @@ def end_at_signals() -> None:
 
 def _handle(handler: Callable[[int, FrameType | None], None] | int) -> None:
     for number in STOPS:
-        signal.signal(number, handler)
+        # nohup ignores SIGHUP, so that a command outlives its terminal.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -581,7 +581,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 
 
 @pytest.mark.parametrize(
-    ("handler", "steps", "code"), [("SIG_IGN", 400, 0)]
+    ("handler", "steps", "code"), [("SIG_DFL", 100_000, 1), ("SIG_IGN", 400, 0)]
 )
 def test_a_closed_terminal_saves_and_ends_training_unless_nohup_ignores_it(
     handler, steps, code, corpus_folder, tmp_path
