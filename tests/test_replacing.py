@@ -1084,15 +1084,17 @@ def test_an_error_before_a_save_tells_how_many_steps_are_lost(
 
 
 @pytest.mark.parametrize(
-    ("name", "during", "before"),
+    ("name", "at_start", "during", "before"),
     [
-        ("gpt_baseline", "gpt_baseline", "pca_factorized"),
-        ("gpt_baseline", "pca_factorized", "gpt_pca_finetune_k8"),
-        ("pca_factorized", "pca_factorized", "gpt_pca_finetune_k8"),
+        ("gpt_baseline", False, "gpt_baseline", "pca_factorized"),
+        ("gpt_baseline", False, "pca_factorized", "gpt_pca_finetune_k8"),
+        ("pca_factorized", False, "pca_factorized", "gpt_pca_finetune_k8"),
+        ("gpt_baseline", True, "pca_factorized", "pca_factorized"),
+        ("pca_factorized", True, "gpt_pca_finetune_k8", "gpt_pca_finetune_k8"),
     ],
 )
 def test_a_prerequisite_that_is_removed_meanwhile_is_named(
-    name, during, before, tiny_config, monkeypatch
+    name, at_start, during, before, tiny_config, monkeypatch
 ):
     config = finetuned(tiny_config)
     of_plan = {one.folder.name: one for one in plan(config).jobs}
@@ -1100,8 +1102,13 @@ def test_a_prerequisite_that_is_removed_meanwhile_is_named(
     run = kind.run
 
     def remove(self, *arguments):
-        run(self, *arguments)
-        if self.folder.name == during:
+        if self.folder.name != during:
+            run(self, *arguments)
+        elif at_start:
+            shutil.rmtree(gone)
+            run(self, *arguments)
+        else:
+            run(self, *arguments)
             shutil.rmtree(gone)
 
     monkeypatch.setattr(kind, "run", remove)

@@ -131,9 +131,15 @@ def execute(plan: Plan, command: str) -> None:
         processes.from_first(lambda: show_plan(plan.settings, setups, command))
     there: set[Path] = set()
     for job in list(setups):
-        processes.from_first(partial(_check_sources, job, list(setups), there))
-        # `pop` lets go of what one job holds before the next one begins.
-        job.run(setups.pop(job), command)
+        processes.from_first(partial(_check_sources, job, there))
+        there |= {path for one in setups for path in one.sources if path.exists()}
+        try:
+            # `pop` lets go of what one job holds before the next one begins.
+            job.run(setups.pop(job), command)
+        except Exception:
+            if job.folder.parent.exists():  # A job tells that its own place is gone.
+                _check_sources(job, there)
+            raise
         there.add(job.folder)
     # Another command may have replaced what is told or reported now.
     for job, (kind, _) in check(plan).items():
@@ -148,17 +154,13 @@ def execute(plan: Plan, command: str) -> None:
         say(*(line for job in needed if job.is_target for line in job.found()))
 
 
-def _check_sources(job: Job, left: Iterable[Job], there: set[Path]) -> None:
-    """Raises UserError if what a job reads was in the set `there`, and is gone.
-
-    Adds what the jobs that are `left` read and that is there now.
-    """
+def _check_sources(job: Job, there: set[Path]) -> None:
+    """Raises UserError if what a job reads was `there`, and is gone."""
     if gone := [path for path in job.sources & there if not path.exists()]:
         raise UserError(
             f"{min(gone)} was removed while this command ran: restore it, or run the "
             "same command again"
         )
-    there |= {path for one in left for path in one.sources if path.exists()}
 
 
 def _report(plan: Plan, is_new: bool, command: str) -> None:
