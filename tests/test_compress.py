@@ -1,6 +1,7 @@
 """The task 'compress': what it measures, writes, reuses, finds and refuses."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -432,6 +433,18 @@ def test_a_sweep_whose_folder_is_moved_stops_with_a_line_and_goes_on_when_it_is_
             sweep_of(asked, ranks=(8,))
     away.rename(folder)
     assert sweep_of(asked, ranks=(8,))["models"].keys() == {"best_k8"}
+
+
+@pytest.mark.parametrize("name", ["write_sweep_report", "write_model"])
+def test_the_choice_of_a_sweep_is_told_on_a_full_disk(asked, monkeypatch, capsys, name):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sweep_module, name, fail)
+    with pytest.raises(OSError, match="No space left"):
+        sweep_of(asked, ranks=(8,))
+    *_, last = capsys.readouterr().out.splitlines()
+    assert re.match("recommended: .* nats per token$|none is recommended; best: ", last)
 
 
 @pytest.mark.parametrize("lost", ["best_k8", "sweep.json"])

@@ -1,5 +1,6 @@
 """The task compress on a token table without its model."""
 
+import errno
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ import pytest
 from command_line import CONFIGS, call, refusal
 from runs import changed, snapshot, write_statistics
 
+from pcagpt.compression import table_sweep
 from pcagpt.compression.bare_table import BareTable
 from pcagpt.compression.codes import KINDS
 from pcagpt.config import Settings
@@ -183,6 +185,18 @@ def test_the_best_table_of_each_kind_and_rank_is_written(table):
     row = best["best_packed_k10"]
     assert read(folder / row.model_name, vars(row))[1] == row.table_sha256
     assert len(list(folder.glob("*.replaced-*"))) == 1
+
+
+@pytest.mark.parametrize("name", ["write_table_report", "replace_table"])
+def test_the_best_tables_are_told_on_a_full_disk(table, monkeypatch, name):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(table_sweep, name, fail)
+    outcome = call(*asked(table, *QUICK))
+    assert (outcome.code, "no space left" in outcome.err) == (2, True)
+    assert "best for their bytes" in outcome.out
+    assert "energy kept" in outcome.out.splitlines()[-1]
 
 
 def test_an_interrupted_sweep_makes_only_what_is_missing(table, monkeypatch):

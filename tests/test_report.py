@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import html
 import json
 import math
@@ -14,6 +15,7 @@ import PIL.Image
 import PIL.PngImagePlugin
 import pytest
 from command_line import ROOT
+from runs import changed, execute
 
 from pcagpt.arms import ARMS, Arm
 from pcagpt.errors import UserError
@@ -1109,3 +1111,17 @@ def test_the_published_reports_are_those_of_this_version(tmp_path):
     for report in reports:
         renewed = tmp_path / "published" / report.relative_to(published)
         assert renewed.read_text("utf-8") == report.read_text("utf-8"), report
+
+
+def test_the_losses_are_told_on_a_full_disk(
+    finished_experiment, tiny_config, monkeypatch, capsys
+):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    shutil.copytree(finished_experiment.workdir, tiny_config.workdir)
+    monkeypatch.setattr("pcagpt.pipeline.execute.write_report", fail)
+    with pytest.raises(OSError, match="No space left"):
+        execute(changed(tiny_config, task="experiment"))
+    told = capsys.readouterr().out
+    assert [told.count(f"\n{arm}  ") for arm in "DACB"] == [1, 1, 1, 1]

@@ -111,9 +111,11 @@ def compress(settings: Settings, command: str) -> None:
         )
         for table in tables:
             processes.from_first(table.check_folder)
-    for table in tables:
-        table.compress(command)
-    say(*(line for table in tables for line in table.found))
+    try:
+        for table in tables:
+            table.compress(command)
+    finally:  # Also if the report cannot be written.
+        say(*(line for table in tables for line in table.found))
 
 
 def preview_compress(settings: Settings, run: Run) -> list[str]:
@@ -201,8 +203,15 @@ class _Table:
                     self.found = [how_to_take(row, place, settings.workdir, heading)]
             else:
                 _check_recoverable(original, models, settings, folder)
-                models = sweep(original, self._tried, output, overwrite=overwrite)
-                _sample(settings, output, original)
+                try:
+                    models = sweep(original, self._tried, output, overwrite=overwrite)
+                    _sample(settings, output, original)
+                except OSError:
+                    content = read_sweep(self._file)
+                    if content and "rows_left" not in content:  # All are measured.
+                        lines = sweep_lines(content, folder, settings.workdir)
+                        self.found = lines[:1]  # The models may be lacking.
+                    raise
                 if jax.process_index() == 0:
                     content = read_sweep(self._file)
                     if not content:

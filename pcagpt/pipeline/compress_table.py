@@ -27,6 +27,7 @@ from pcagpt.pipeline.compress_plan import (
 )
 from pcagpt.pipeline.execute import check_workdir, say
 from pcagpt.report import error_figure, lacking_line, table_lines
+from pcagpt.rows import ErrorRow, read_sweep
 from pcagpt.run import calibrate, lock, provenance
 from pcagpt.run.folder import check_is_folder, watching
 from pcagpt.sharding import processes
@@ -85,7 +86,14 @@ def compress_table(settings: Settings, command: str) -> None:
         if options.bounds:
             advise_table(table, methods, options, output)
         else:
-            content = sweep_table(table, tried, output)
+            try:
+                content = sweep_table(table, tried, output)
+            except OSError:
+                content = read_sweep(known, ErrorRow)
+                if content and "rows_left" not in content:  # All are made.
+                    *lines, _, _ = table_lines(content, folder, settings.workdir)
+                    say(*lines)  # Without paths: the best tables may be lacking.
+                raise
             lines = table_lines(content, folder, settings.workdir)
             with Boards.of_command(settings, folder, "compress", command) as boards:
                 boards.figure("errors", error_figure(content))

@@ -187,7 +187,8 @@ def _report(plan: Plan, is_new: bool, command: str) -> None:
         warn_once(f"the report in {workdir} is not renewed: {error.strerror}")
     else:
         say(f"report: {page}")
-    say(*experiment_lines(results, workdir))
+    finally:  # Also if the report cannot be written.
+        say(*experiment_lines(results, workdir))
 
 
 def _needed(plan: Plan) -> dict[Job, Status]:
