@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -829,6 +830,23 @@ def test_a_factorized_table_is_refused(finished_experiment):
     run = Path(finished_experiment.workdir) / "gpt_pca_k8"
     with pytest.raises(pcagpt.UserError, match="already has a factorized embedding"):
         pcagpt.compress(run, **BOUND)
+
+
+def test_a_table_is_saved_once_its_moved_run_is_back(run, tmp_path):
+    place, away = tmp_path / "runs" / "gpt_baseline", tmp_path / "away"
+    shutil.copytree(run, place)
+    found = pcagpt.compress(place, **BOUND)
+    place.rename(away)
+    words = f"{place} is gone: move it back, and call save again; the table is kept"
+    with pytest.raises(pcagpt.UserError, match=words):
+        found.save(tmp_path / "small")
+    (shutil.copytree(away, place) / "config.json").unlink()
+    shutil.rmtree(place / "ckpt")
+    with pytest.raises(pcagpt.UserError, match="changed meanwhile: load the model ag"):
+        found.save(tmp_path / "small")
+    shutil.rmtree(place)
+    away.rename(place)
+    assert found.save(tmp_path / "small").is_dir()
 
 
 def test_an_error_of_the_system_stays_an_oserror(model, tmp_path, monkeypatch):

@@ -75,6 +75,9 @@ def _in_python(message: str, model: str) -> str:
     message = message.replace("--config.workdir", "folder")
     message = re.sub(r"--config\.(?=\w)", "", message)
     message = message.replace("whole numbers separated by commas", "whole numbers")
+    message = message.replace("while this command used it", "meanwhile")
+    again = "load the model again and repeat the call"
+    message = message.replace("run the same command again", again)
     return re.sub(r"(?<=as in )(\w+)=(\S+)$", _example, message)
 
 

@@ -209,6 +209,11 @@ def compress(
         row, candidate = chosen.row(), chosen.candidate
 
         def write(folder: Path) -> None:
+            if not run.folder.exists():
+                raise UserError(
+                    f"{run.folder} is gone: move it back, and call save again; the "
+                    "table is kept in memory"
+                )
             write_new(folder, original, candidate, row)
 
         return _compressed(row, candidate, original.table_VD, write)
