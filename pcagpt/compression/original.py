@@ -310,16 +310,16 @@ def _decoder(run: Run, window: int) -> "Decoder":
     _ = run.fingerprint  # of the files, before they are read
     with digests.present(run.folder):
         model = Decoder(run.folder, window)
-    width, expected = model.table_VD.shape[1], run.record["model"]["n_embd"]
-    if width != expected:  # Exports would not find it.
-        raise UserError(
-            f"{run.folder}: its token table has {width} columns, its config.json says "
-            f"{expected}: such a model cannot be compressed"
-        )
-    if run.folder.is_dir():  # Tables of a GGUF file are not exported.
-        for side in model.sides or ("",):
-            table_VD = model.of_side(side).table_VD
-            stored_tensors.check_table(run.folder, side, table_VD)
+        width, expected = model.table_VD.shape[1], run.record["model"]["n_embd"]
+        if width != expected:  # Exports would not find it.
+            raise UserError(
+                f"{run.folder}: its token table has {width} columns, its "
+                f"config.json says {expected}: such a model cannot be compressed"
+            )
+        if run.folder.is_dir():  # Tables of a GGUF file are not exported.
+            for side in model.sides or ("",):
+                table_VD = model.of_side(side).table_VD
+                stored_tensors.check_table(run.folder, side, table_VD)
     run.check_unchanged()
     return model
 
