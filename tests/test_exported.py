@@ -64,6 +64,13 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path):
         exported.read_weights(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["others.safetensors", "table.pcat"])
+def test_a_file_of_an_older_export_in_the_same_folder_is_refused(name, tmp_path):
+    (write(tmp_path, ONE_RANK) / name).touch()
+    with pytest.raises(UserError, match=f"{name} is not of the export .*: remove it$"):
+        Run.open(tmp_path)
+
+
 def test_a_model_that_was_trained_further_is_not_called_damaged_only(tmp_path):
     changed, copied = (write(tmp_path / name, ONE_RANK) for name in ("same", "other"))
     files = {"config.json": {"sha256": "0" * 64}}

@@ -18,6 +18,7 @@ from command_line import CONFIGS, THEIR_SIZES, call, refusal, tiny
 from runs import snapshot
 from test_export import run_export, write_run
 from tokenizer_folders import HARD_TEXT, TEXT
+from tokenizers import Tokenizer, pre_tokenizers
 
 from pcagpt.compression import open_decoder
 from pcagpt.compression.decoder import Decoder
@@ -113,6 +114,13 @@ def test_its_tokenizer_gives_the_same_ids_and_is_known_by_its_fields(
     described = vocabulary.describe(str(tmp_path / "finer.gguf"))
     assert described == vocabulary.describe(str(file))
     assert described.vocab_size == ours.n_vocab
+    # transformers prefers what lies beside the file.
+    other = Tokenizer.from_file(str(byte_level))
+    other.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    (tmp_path / "beside").mkdir()
+    other.save(str(tmp_path / "beside/tokenizer.json"))
+    again = vocabulary.load(str(shutil.copy(file, tmp_path / "beside")))
+    assert again.encode(HARD_TEXT) == ours.encode(HARD_TEXT)
 
 
 def test_an_export_has_the_tokenizer_but_not_the_model_of_a_file(file, tmp_path):
@@ -300,6 +308,13 @@ def test_a_file_whose_second_half_was_never_written_is_refused(file, place):
     file.write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))
     line = refusal(*asked(file), unchanged=[file.parent, place])
     assert "like a download that was not finished" in line
+
+
+def test_a_file_beside_the_control_file_of_its_download_is_refused(file, place):
+    control = file.with_name(f"{file.name}.aria2")
+    control.touch()
+    line = refusal(*asked(file), unchanged=[file.parent, place])
+    assert f"not finished, because {control.name} is beside it" in line
 
 
 def test_a_lack_of_memory_is_no_damage(file, tmp_path, monkeypatch):

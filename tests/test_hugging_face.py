@@ -488,6 +488,10 @@ SPOILT = {
         with_tensor("wte.weight", np.ones((97, 16))),
         "is the second wte.weight of the model, with other values: remove the wrong",
     ),
+    "whole_beside_shards": (
+        gpt2_folders.write_shards,
+        "theirs has model.safetensors, which would be read, and model-0000",
+    ),
     "two_shards": (
         two_shards,
         "theirs: model-00001-of-00002.safetensors and model-00002-of-00002.safetensors "

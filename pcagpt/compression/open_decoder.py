@@ -140,9 +140,10 @@ def open_model(folder: Path) -> Any:
     is_file = folder.is_file()  # GGUF
     try:
         # The errors below replace what it prints about damaged files.
-        with _quietly():
+        alone = gguf_header.alone if is_file else contextlib.nullcontext
+        with _quietly(), alone(folder) as place:
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                str(folder.parent if is_file else folder),
+                str(place),
                 gguf_file=folder.name if is_file else None,
                 dtype=torch.float32,
                 local_files_only=True,

@@ -1,7 +1,10 @@
 """What a GGUF file says of itself, as the package `gguf` reads it."""
 
+import contextlib
 import hashlib
 import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +14,18 @@ from pcagpt.file_hashes import read_once
 ENDING = ".gguf"
 _TOKENIZER, _TOKENS = "tokenizer.ggml.", "tokenizer.ggml.tokens"
 END = f"{_TOKENIZER}eos_token_id"  # field: the id that ends a text
+
+
+@contextlib.contextmanager
+def alone(file: Path) -> Iterator[Path]:
+    """A folder with nothing but a link to a GGUF file, of the same name.
+
+    transformers reads what else is in its folder, too, and prefers a tokenizer.json.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        (place / file.name).symlink_to(file.resolve())
+        yield place
 
 
 class Header(NamedTuple):

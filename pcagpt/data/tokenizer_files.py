@@ -445,12 +445,13 @@ def _of_gguf(file: Path) -> FileTokenizer:
     try:
         import transformers
 
-        made = transformers.AutoTokenizer.from_pretrained(
-            str(file.parent),
-            gguf_file=file.name,
-            local_files_only=True,
-            trust_remote_code=False,
-        ).backend_tokenizer
+        with gguf_header.alone(file) as folder:
+            made = transformers.AutoTokenizer.from_pretrained(
+                str(folder),
+                gguf_file=file.name,
+                local_files_only=True,
+                trust_remote_code=False,
+            ).backend_tokenizer
     except OF_NO_FILE:
         raise
     # The package and what it calls raise errors of many types.

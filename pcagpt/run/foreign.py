@@ -121,6 +121,12 @@ def _check_export(folder: Path) -> dict[str, Any]:
         elif exported.is_model(folder):
             remedy += exported.ONLY_THERE
         raise UserError(f"{error}: {remedy}") from None
+    for name in (hugging_face.WEIGHTS, exported.OTHERS, exported.CODED_TABLE):
+        if (folder / name).is_file() and name not in origin["files"]:
+            raise UserError(
+                f"{folder / name} is not of the export that {folder / exported.FILE} "
+                "describes, but perhaps of an older one in the same folder: remove it"
+            )
     return origin
 
 

@@ -299,9 +299,16 @@ def files(folder: Path) -> list[Path]:
             f"transformers reads in place of {WEIGHTS}: rename the file, and remove "
             "the field"
         )
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
     index = read_json(folder / INDEX, _RESTORE)
+    if (folder / WEIGHTS).is_file():
+        shards = (index or {}).get("weight_map")
+        for name in {*shards.values()} if isinstance(shards, dict) else ():
+            if name != WEIGHTS and (folder / str(name)).is_file():
+                raise UserError(
+                    f"{folder} has {WEIGHTS}, which would be read, and {name} of "
+                    f"another download, which its {INDEX} names: remove one of them"
+                )
+        return [folder / WEIGHTS]
     if index is None:
         if pickled := _pickles(folder):
             raise UserError(

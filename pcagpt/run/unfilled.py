@@ -23,10 +23,18 @@ class Place(NamedTuple):
 def refuse_unfilled(path: Path, places: Mapping[str, Place]) -> None:
     """UserError if the tensors of a file end in zeros over a matrix.
 
+    Also if a program that downloads it has not finished.
+
     Only the end counts: elsewhere, a matrix may have been set to zero on purpose. So
     may vectors: biases, and norms that add 1. A table's last rows may be padding: less
     than 1 MiB, or 1/20 of the table.
     """
+    control = path.with_name(f"{path.name}.aria2")
+    if control.exists():  # aria2c removes it at the end, and may leave holes before.
+        raise UserError(
+            f"{path} is a download that was not finished, because {control.name} is "
+            "beside it: download it again"
+        )
     end = max((one.stop for one in places.values()), default=0)
     filled = _filled(path, end)
     for name, (shape, start, stop) in places.items():
