@@ -948,7 +948,7 @@ def test_a_text_with_a_character_without_a_token_is_not_tokenized(folder, place)
 
 
 def test_a_cut_within_a_special_token_refuses_no_text(place):
-    """The text around a place to cut begins within one, whose letters have no token."""
+    """The text around a place to cut begins within one; its letters have no token."""
     mark = MARK | {"content": f"<{'xy ' * 30}>"}
     file = write_whole(place / "tokenizer.json", BPE, added_tokens=[mark])
     text = f"ab a. {mark['content']} ab " * 2_000

@@ -2,9 +2,9 @@
 
 A program keeps a tile of a head in shared memory and streams the tiles that it meets.
 The forward pass and the kernel for the gradient of queries keep queries. The kernel for
-the gradients of keys and values keeps these. As in FlashAttention 2, both kernels for
-gradients compute the weights again, and the mean of the weights' gradients under the
-weights of a query is the product of its result and of this result's gradient.
+the gradients of keys and values keeps these. Both kernels for gradients compute the
+weights again, as FlashAttention 2 does. They need the mean of the weights' gradients
+under the weights of a query: it is result @ gradient of the result.
 
 Shape letters: B batch, T sequence, N = B*T, H heads, C head width, D = H*C; h rows of
 half of a kept tile, s rows of a streamed tile.
