@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pcagpt import kernels
 from pcagpt.kernels import norm
@@ -667,7 +667,9 @@ def of_norm(*arrays):
 def gpu_that_is_not_here():
     """A description of the GPU, which newer versions of JAX ask for."""
     described = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=described)
+    mesh = jax.sharding.AbstractMesh(
+        (1,), ("data",), (AxisType.Auto,), abstract_device=described
+    )
     return jax.sharding.use_abstract_mesh(mesh)
 
 
