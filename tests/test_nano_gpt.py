@@ -292,3 +292,23 @@ def test_without_torch_the_line_says_how_to_install_it(tmp_path, monkeypatch):
     asked = {"model_path": tmp_path}
     line = refusal(*tiny("evaluate.py", "", **asked), unchanged=[tmp_path])
     assert "ckpt.pt can only be read with PyTorch: pip install 'pcagpt[hf]'" in line
+
+
+def test_what_is_no_weight_is_left_in_the_file(torch, tmp_path):
+    """The state of the optimizer takes twice the memory of the model."""
+    folder = write(torch, tmp_path / "out")
+    stored = nano_gpt._load(folder / "ckpt.pt")
+    assert stored["optimizer"]["state"][0]["exp_avg"].is_meta
+    model = stored["model"].values()
+    assert not any(tensor.is_meta for tensor in model)
+    places = {tensor.untyped_storage().data_ptr() for tensor in model}
+    assert len(places) == len(model) - 1  # The head is the table.
+
+
+def test_versions_of_torch_that_tell_no_places_read_the_same(
+    torch, tmp_path, monkeypatch
+):
+    folder = write(torch, tmp_path / "out")
+    known = weights(folder)
+    monkeypatch.setattr(nano_gpt, "_place", lambda _: None)
+    assert_equal(weights(folder), known)

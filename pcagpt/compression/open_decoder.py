@@ -244,11 +244,17 @@ def _check_all_are_used(model: Any, unused: list[str], folder: Path) -> None:
         )
 
 
-def _check_header(model: Any, path: Path) -> None:
-    """UserError if transformers silently dropped a part of a GGUF file."""
-    fields, shapes, _, places = gguf_header.header(path)
+def check_filled(path: Path) -> None:
+    """UserError if a part of a GGUF file was never written."""
+    _, shapes, _, places = gguf_header.header(path)
     placed = {name: Place(shapes[name], *at) for name, at in places.items()}
     refuse_unfilled(path, placed)
+
+
+def _check_header(model: Any, path: Path) -> None:
+    """UserError if transformers silently dropped a part of a GGUF file."""
+    fields, shapes, *_ = gguf_header.header(path)
+    check_filled(path)
     scaled = [
         name
         for name, value in fields.items()

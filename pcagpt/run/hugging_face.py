@@ -239,7 +239,7 @@ def _tensors(folder: Path, config: Mapping[str, Any]) -> Iterator[dict[str, tupl
 
 
 def check_filled(path: Path) -> None:
-    """UserError if the end of a file of safetensors was never written."""
+    """UserError if a part of a file of safetensors was never written."""
     with reading(path), path.open("rb") as file:
         begin = 8 + int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(begin - 8))

@@ -4,7 +4,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from pcagpt.run.gpt2_names import (
     plain_names,
     two_values,
 )
+from pcagpt.run.unfilled import refuse_holes
 
 CHECKPOINT = "ckpt.pt"
 _ARGUMENTS = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
@@ -51,7 +52,7 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
     arguments, tensors = _read(folder)
     found = {}
     for name, leaf in _leaves(arguments).items():
-        array = tensors[name].detach().float().numpy()
+        array = tensors.pop(name).detach().float().numpy()  # Frees its memory.
         array = array.T if _is_transposed(leaf) else array
         found[leaf.path] = np.array(array, np.float32, order="C")
     return found
@@ -70,6 +71,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(model_args, {plain name: tensor}) of a folder's checkpoint."""
     path = folder / CHECKPOINT
     stored = _load(path)
+    import torch
+
     fields = {"model": (dict,), "model_args": (dict,)}
     stored = stored if isinstance(stored, dict) else {}
     stored = {name: _as_dict(stored.get(name)) for name in fields}
@@ -115,6 +118,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"{path}: {name} is {shape}, but its model_args ask for {expected}: "
                 f"{_REMEDY}"
             )
+        array = tensors[name].detach()
+        array = array if array.stride(-1) == 1 else array.T  # The rows of the file.
+        refuse_holes(path, name, array.contiguous().view(torch.uint8).numpy())
     if HEAD in tensors and not are_equal(tensors[HEAD], tensors[TABLE]):
         raise UserError(
             f"{path}: {HEAD} is another table than {TABLE}: pcagpt reads models whose "
@@ -137,7 +143,10 @@ def _as_dict(value: Any) -> Any:
 
 
 def _load(path: Path) -> Any:
-    """What torch reads without running code; UserError if it cannot."""
+    """What torch reads without running code; UserError if it cannot.
+
+    Only the tensors of `model` have values, where torch tells their places in the file.
+    """
     try:
         import torch
     except ImportError:
@@ -146,10 +155,16 @@ def _load(path: Path) -> Any:
         ) from None
     try:
         _check_sums(path)
-        with torch.serialization.safe_globals(_of_numbers()):
-            # No memory map: nanoGPT writes the file in place, and the system ends a
-            # process that reads a mapped file after its end is cut off.
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # No memory map: nanoGPT writes the file in place, and the system ends a process
+        # that reads a mapped file after its end is cut off.
+        with torch.serialization.safe_globals(_of_numbers()), path.open("rb") as file:
+            # Without values: those of the optimizer take twice the memory of the model.
+            stored = torch.load(file, map_location="meta", weights_only=True)
+            model = stored.get("model") if isinstance(stored, dict) else None
+            if isinstance(model, dict) and all(map(_has_place, model.values())):
+                return stored | {"model": _filled(file, model)}
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except OF_NO_FILE:
         raise
     # torch raises errors of many types for other content.
@@ -167,6 +182,41 @@ def _load(path: Path) -> Any:
         raise UserError(
             f"{path} cannot be read ({reason}): restore it, or {_REMEDY}"
         ) from None
+
+
+def _has_place(value: Any) -> bool:
+    """Whether a value is a dense tensor without values, with a known place in a file.
+
+    Not all versions of torch tell the place.
+    """
+    import torch
+
+    is_dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    return is_dense and _place(value) is not None
+
+
+def _place(tensor: Any) -> int | None:
+    """The first byte of a tensor's storage in the file; None if it is unknown."""
+    return getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+
+
+def _filled(file: BinaryIO, model: dict[Any, Any]) -> dict[Any, Any]:
+    """Tensors that `_has_place`, with their values; equal places are read once."""
+    import torch
+
+    storages, found = {}, {}
+    for name, tensor in model.items():
+        key = _place(tensor), tensor.dtype
+        if key not in storages:
+            count = tensor.untyped_storage().nbytes() // tensor.element_size()
+            storages[key] = torch.empty(count, dtype=tensor.dtype)
+            content = storages[key].view(torch.uint8).numpy()
+            file.seek(key[0])
+            if file.readinto(content) < len(content):
+                raise EOFError("it ends too early")
+        layout = tensor.shape, tensor.stride(), tensor.storage_offset()
+        found[name] = storages[key].as_strided(*layout)
+    return found
 
 
 def _of_numbers() -> list[Any]:

@@ -1,15 +1,33 @@
-"""Weights that were never written: a file of full size that ends in zeros.
+"""Weights that were never written: a file of full size with zeros in it.
 
-Programs that download set the size of a file first. What is lacking is then zero.
+Programs that download set the size of a file first. What is lacking is then zero: the
+end, or a part in the middle if several parts are fetched at once.
+
+A part of a download begins and ends anywhere in a row of a matrix. Zeros that are meant
+are whole rows, such as padding, or the same columns of several rows, such as masks. So
+a long run of zeros may begin or end within a row only if the row beside it has zeros in
+the same columns, or if few bytes of its own row are zero: a matrix with zeros at random
+has some next to a row of zeros.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
 
 from pcagpt.errors import UserError
+from pcagpt.file_hashes import read_once
 
 _CHUNK = 1 << 20
+_LONG = 1 << 16  # bytes of the shortest run that counts
+_BLOCK = _LONG // 2  # Each long run holds a whole block, wherever it begins.
+_FEW = 256  # bytes: in a matrix with zeros at random, more are not zero by chance.
+# Of the bytes in the row beside. It is 1/2 in float32 that was bfloat16.
+_MOST_ZEROS = 3 / 4
+# The bytes from one place to another: uint8 [any number].
+_Read = Callable[[int, int], np.ndarray]
 
 
 class Place(NamedTuple):
@@ -21,13 +39,13 @@ class Place(NamedTuple):
 
 
 def refuse_unfilled(path: Path, places: Mapping[str, Place]) -> None:
-    """UserError if the tensors of a file end in zeros over a matrix.
+    """UserError if a file ends in zeros over a matrix, or has a hole in one.
 
     Also if a program that downloads it has not finished.
 
-    Only the end counts: elsewhere, a matrix may have been set to zero on purpose. So
-    may vectors: biases, and norms that add 1. A table's last rows may be padding: less
-    than 1 MiB, or 1/20 of the table.
+    Whole rows count only at the end: elsewhere, a matrix may have been set to zero on
+    purpose. So may vectors: biases, and norms that add 1. A table's last rows may be
+    padding: less than 1 MiB, or 1/20 of the table.
     """
     control = path.with_name(f"{path.name}.aria2")
     if control.exists():  # aria2c removes it at the end, and may leave holes before.
@@ -45,6 +63,96 @@ def refuse_unfilled(path: Path, places: Mapping[str, Place]) -> None:
                 f"{path} ends in {end - filled:,} bytes of zeros, in which {name} is, "
                 "like a download that was not finished: download it again"
             )
+    begin = min((one.start for one in places.values()), default=0)
+    runs = _runs_in(path, begin, end)
+    with path.open("rb") as file:
+        _refuse_holes(path, places, runs, _reader(file))
+
+
+def refuse_holes(path: Path, name: str, array: np.ndarray) -> None:
+    """UserError for a hole in an array of any shape and dtype, a tensor of a file."""
+    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    places = {name: Place(array.shape, 0, content.size)}
+
+    def read(start: int, stop: int) -> np.ndarray:
+        return content[start:stop]
+
+    _refuse_holes(path, places, _runs(read, 0, content.size), read)
+
+
+def _refuse_holes(
+    path: Path, places: Mapping[str, Place], runs: list[tuple[int, int]], read: _Read
+) -> None:
+    """UserError if one of the `runs` of zeros is a hole in a tensor."""
+    for run in runs:
+        for name, place in places.items():
+            for start, stop, beside in _cut_rows(run, place):
+                row = read(start + beside, stop + beside)
+                few = stop - start <= _FEW
+                if few or np.count_nonzero(row == 0) >= _MOST_ZEROS * len(row):
+                    continue
+                raise UserError(
+                    f"{path} has {run[1] - run[0]:,} bytes of zeros that begin or end "
+                    f"within a row of {name}, like a download that was not finished: "
+                    "download it again"
+                )
+
+
+def _cut_rows(run: tuple[int, int], place: Place) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, way to the row beside) of zeros in the rows that a run cuts.
+
+    The row beside is the one before the begin of the run, or after its end. Rows at the
+    border of the tensor have none, and are left out.
+    """
+    (first, last), (shape, start, stop) = run, place
+    if len(shape) < 2 or last <= start or stop <= first:
+        return
+    size = (stop - start) // math.prod(shape[:-1])
+    before, after = (first - start) % size, (last - start) % size
+    if first - before - size >= start and before:
+        yield first, min(last, first - before + size), -size
+    if last - after + 2 * size <= stop and after:
+        yield max(first, last - after), last, size
+
+
+@read_once
+def _runs_in(path: Path, begin: int, end: int) -> list[tuple[int, int]]:
+    """`_runs` of a file."""
+    with path.open("rb") as file:
+        return _runs(_reader(file), begin, end)
+
+
+def _reader(file: BinaryIO) -> _Read:
+    def read(start: int, stop: int) -> np.ndarray:
+        file.seek(start)
+        return np.frombuffer(file.read(stop - start), np.uint8)
+
+    return read
+
+
+def _runs(read: _Read, begin: int, end: int) -> list[tuple[int, int]]:
+    """(first byte, the byte after the last) of all long runs of zeros in a range."""
+    blocks: list[int] = []
+    for start in range(begin, end, _CHUNK):
+        part = read(start, min(start + _CHUNK, end))
+        part = part[: len(part) // _BLOCK * _BLOCK].reshape(-1, _BLOCK)
+        blocks += [
+            start + n * _BLOCK
+            for n in np.flatnonzero(~part[:, :64].any(axis=1)).tolist()
+            if not part[n].any()
+        ]
+    found = []
+    for group in np.split(blocks, np.flatnonzero(np.diff(blocks) > _BLOCK) + 1):
+        if not len(group):
+            continue
+        first, last = int(group[0]), int(group[-1]) + _BLOCK
+        before = read(max(first - _BLOCK, begin), first)
+        first -= np.argmax(before[::-1] != 0) if before.any() else len(before)
+        after = read(last, min(last + _BLOCK, end))
+        last += np.argmax(after != 0) if after.any() else len(after)
+        if last - first >= _LONG:
+            found.append((int(first), int(last)))
+    return found
 
 
 def _filled(path: Path, end: int) -> int:

@@ -1,0 +1,162 @@
+"""Weights with a hole, as a download that was not finished leaves, are refused.
+
+`test_hugging_face.py` and `test_decoder.py` test files that end in zeros.
+"""
+
+import gpt2_folders
+import numpy as np
+import pytest
+
+from pcagpt.errors import UserError
+from pcagpt.run import hugging_face, nano_gpt
+from pcagpt.run.unfilled import Place, refuse_holes, refuse_unfilled
+
+HOLE = "bytes of zeros that begin or end within a row of .*: download it again"
+MANY, WIDE = 3000, 768  # of a matrix with rows of 3 KiB
+WIDER = {"n_embd": 256, "n_layer": 1}
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def with_zeros(change):
+    found = random(MANY, WIDE)
+    change(found)
+    return found
+
+
+def sparse(share):
+    """Zeros at random, among them whole rows."""
+    found = random(MANY, WIDE)
+    found[np.random.default_rng(1).random(found.shape) < share] = 0
+    found[500:700] = 0
+    return found
+
+
+def rounded_to_bfloat16(found):
+    found.view(np.uint16)[:, ::2] = 0
+    found[500:700] = 0
+
+
+MEANT = {
+    "all": lambda: np.zeros((MANY, WIDE), np.float32),
+    "rows": lambda: with_zeros(lambda one: one[500:700].fill(0)),
+    "last_rows": lambda: with_zeros(lambda one: one[900:].fill(0)),
+    "all_but_one_row": lambda: random(MANY, WIDE) * (np.arange(MANY) == 70)[:, None],
+    "rows_after_a_zero": lambda: with_zeros(
+        lambda one: (one[500:700].fill(0), one[499, -9:].fill(0), one[700, :9].fill(0))
+    ),
+    "rows_and_columns": lambda: with_zeros(
+        lambda one: (one[500:700].fill(0), one[:, :200].fill(0), one[:, 600:].fill(0))
+    ),
+    "pruned_by_half": lambda: sparse(0.5),
+    "mostly_pruned": lambda: sparse(0.95),
+    "bfloat16": lambda: with_zeros(rounded_to_bfloat16),
+    "lower_mask": lambda: np.tril(np.ones((256, 40_000), np.float32), 20_000),
+    "upper_mask": lambda: np.triu(np.ones((40_000, 1024), np.uint8), -1),
+    "identity": lambda: np.eye(200, 30_000, dtype=np.float32),
+    "diagonal_of_blocks": lambda: np.kron(np.eye(4), random(50, 8000)),
+    "experts": lambda: random(8, 300, 96) * (np.arange(8) % 3 > 0)[:, None, None],
+    "vector": lambda: np.r_[random(999), np.zeros(99_999), random(999)],
+}
+
+
+@pytest.mark.parametrize("meant", MEANT)
+def test_zeros_that_a_program_wrote_are_no_hole(meant):
+    refuse_holes("file", "table", MEANT[meant]())
+
+
+@pytest.mark.parametrize("begin", [1 << 20, 1_234_567])
+@pytest.mark.parametrize("size", [1 << 16, 1 << 20, 3_333_333])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16_in_float32"])
+def test_zeros_that_begin_and_end_within_rows_are_a_hole(begin, size, dtype):
+    found = random(MANY, WIDE)
+    if dtype == "bfloat16_in_float32":
+        found.view(np.uint16)[:, ::2] = 0
+    elif dtype == "float16":
+        found = found.astype(dtype)
+    found.reshape(-1).view(np.uint8)[begin : begin + size] = 0
+    with pytest.raises(UserError, match=HOLE):
+        refuse_holes("file", "table", found)
+
+
+@pytest.mark.parametrize("rows", [(500, 700.5), (500.5, 700), (500.2, 500.9)])
+def test_one_end_within_a_row_is_enough(rows):
+    found = random(800, 40_000 if rows[1] < 501 else WIDE)
+    width = found.shape[1]
+    found.reshape(-1)[int(rows[0] * width) : int(rows[1] * width)] = 0
+    with pytest.raises(UserError, match="of table, like a download"):
+        refuse_holes("file", "table", found)
+
+
+def test_a_hole_over_several_tensors_is_found_in_the_file(tmp_path):
+    path, bytes_of = tmp_path / "file", random(MANY * WIDE).tobytes()
+    path.write_bytes(bytes_of[:800_000] + bytes(1_000_000) + bytes_of[1_800_000:])
+    whole = {
+        "whole": Place((200, 100), 900_000, 980_000),
+        "vector": Place((205_000,), 980_000, 1_800_000),
+    }
+    end = {"end": Place((100, 1000), 1_800_000, 2_200_000)}
+    refuse_unfilled(path, whole | end)
+    with pytest.raises(UserError, match="within a row of first, like"):
+        refuse_unfilled(path, {"first": Place((300, 750), 0, 900_000)} | whole | end)
+    last = Place((100, 1000), 1_790_000, 2_190_000)
+    with pytest.raises(UserError, match="within a row of last, like"):
+        refuse_unfilled(path, whole | {"last": last})
+
+
+def punch(path):
+    """Makes a hole of 128 KiB behind the first quarter of a file."""
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 4)
+        file.write(bytes(1 << 17))
+
+
+def test_a_hole_in_any_file_of_a_model_is_refused(tmp_path):
+    by_size = sorted(gpt2_folders.tensors(**WIDER).items(), key=lambda one: one[1].size)
+    folder = gpt2_folders.write_shards(tmp_path / "shards", dict(by_size))
+    gpt2_folders.write_config(folder, **WIDER)
+    hugging_face.record_of(folder)
+    for path in sorted(folder.glob("*.safetensors")):
+        content = path.read_bytes()
+        punch(path)
+        with pytest.raises(UserError, match=f"{path.name} has 131,.*{HOLE}"):
+            hugging_face.record_of(folder)
+        path.write_bytes(content)
+
+
+def test_a_hole_in_a_checkpoint_without_sums_is_refused(tmp_path):
+    torch = pytest.importorskip("torch", reason="pip install 'pcagpt[hf]'")
+    from test_nano_gpt import arguments, state, write
+
+    torch.serialization.set_crc32_options(False)
+    try:
+        sizes = arguments(**WIDER)
+        folder = write(torch, tmp_path / "out", state(torch, **WIDER), model_args=sizes)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    nano_gpt.record_of(folder)
+    punch(folder / "ckpt.pt")
+    with pytest.raises(UserError, match=f"ckpt.pt has .*{HOLE}"):
+        nano_gpt.record_of(folder)
+
+
+@pytest.mark.parametrize("begin", [500.5, 501])
+def test_a_hole_in_a_gguf_file_is_refused(begin, tmp_path):
+    gguf = pytest.importorskip("gguf", reason="pip install 'pcagpt[hf]'")
+    from pcagpt.compression import open_decoder
+
+    path, q8 = tmp_path / "file.gguf", gguf.GGMLQuantizationType.Q8_0
+    stored = gguf.quants.quantize(random(MANY, WIDE), q8)
+    stored.reshape(-1)[int(begin * stored.shape[1]) : 700 * stored.shape[1]] = 0
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_tensor("token_embd.weight", stored, raw_dtype=q8)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if begin == 501:
+        return open_decoder.check_filled(path)
+    with pytest.raises(UserError, match=f"file.gguf has 162,.*{HOLE}"):
+        open_decoder.check_filled(path)
