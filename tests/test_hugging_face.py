@@ -119,7 +119,7 @@ def test_zeros_that_are_meant_are_read(tmp_path):
 def test_a_table_that_is_half_written_is_no_padded_one(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"1" * 5_000_000 + b"\0" * 3_000_000)
-    refuse_unfilled(path, {"table": Place((80, 100_000), 0, 5_900_000)})
+    refuse_unfilled(path, {"table": Place((59, 100_000), 0, 5_900_000)})
     with pytest.raises(UserError, match="in which table is"):
         refuse_unfilled(path, {"table": Place((80, 100_000), 0, 8_000_000)})
 
