@@ -386,5 +386,16 @@ def test_a_model_without_a_tokenizer_gets_no_tokens_of_another_unasked(model, pl
     asked = {"model_path": model, "model": SMALL}
     line = refusal(*tiny("evaluate.py", "tokens", **asked), unchanged=[place])
     assert "has no tokenizer, and tokens has tokens of gpt2" in line
-    asked |= {"data": {"tokenizer": "gpt2"}}
-    assert call(*tiny("evaluate.py", "tokens", **asked)).code == 0
+    told = {"data": {"tokenizer": "gpt2"}}
+    assert call(*tiny("evaluate.py", "tokens", **asked, **told)).code == 0
+    other = gpt2_folders.write(model.parent / "other", vocab_size=50257)
+    for start, teacher in ((model, {}), (other, {"distill": {"teacher": model}})):
+        knobs = {"init": {"weights_from": start}, "model": SMALL} | teacher
+        line = refusal(*tiny("recover.py", "tokens", **knobs), unchanged=[model])
+        assert f"{model} has no tokenizer, and tokens has tokens of gpt2" in line
+    assert call(*tiny("factorize.py", "tokens", **asked, ranks=4)).code == 0
+    [table] = (place / "checkpoints").rglob("wte*k4.npy")
+    sizes = {"n_embd_wte": 4, "vocab_size": 60000}
+    knobs = {"init": {"import_wte_npy": table}, "model": SMALL | sizes}
+    line = refusal(*tiny("pca_k128.py", "tokens", **knobs), unchanged=[model])
+    assert f"{table} has no tokenizer, and tokens has tokens of gpt2: if" in line

@@ -312,3 +312,19 @@ def test_versions_of_torch_that_tell_no_places_read_the_same(
     known = weights(folder)
     monkeypatch.setattr(nano_gpt, "_place", lambda _: None)
     assert_equal(weights(folder), known)
+
+
+@pytest.mark.parametrize("size", [97, 98])
+def test_a_meta_file_of_more_tokens_than_the_table_has_rows_is_refused(
+    size, torch, tmp_path
+):
+    folder = write(torch, tmp_path / "out")
+    meta = {"vocab_size": size, "itos": {n: chr(200 + n) for n in range(size)}}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    if size == 97:
+        assert len(Run.open(folder).record["characters"]) == 97
+        return
+    with pytest.raises(
+        UserError, match="its meta file has 98 tokens, but its table 97"
+    ):
+        Run.open(folder)

@@ -139,12 +139,7 @@ def _record(folder: Path) -> dict[str, Any]:
     if hugging_face.is_model(folder):
         record[generation_files.FIELD] = generation_files.read(folder, rows)
     if name:
-        size = vocabulary.describe(name).rows_needed
-        if size > rows:
-            raise UserError(
-                f"{folder}: its tokenizer has {size} tokens, but its table {rows} "
-                "rows: give both of one model"
-            )
+        _check_rows(folder, "tokenizer", vocabulary.describe(name).rows_needed, rows)
         sha256 = vocabulary.describe(name).sha256
         # Exports write the files of such a tokenizer anew.
         if name in RANKS and (own := tokenizer_files.own_settings(folder)):
@@ -152,12 +147,14 @@ def _record(folder: Path) -> dict[str, Any]:
             kept[tokenizer_files.CONFIG] = own
         return record | {"tokenizer": name, "tokenizer_sha256": sha256}
     if any((folder / file).is_file() for file in META_FILES):  # nanoGPT's meta.pkl
-        info = read_meta(folder, "auto")
-        texts = info.characters if info.vocab_size <= rows else None
+        info, size = read_meta(folder, "auto"), None
+        if info.tokenizer:
+            size = vocabulary.describe(info.tokenizer).rows_needed
+        _check_rows(folder, "meta file", size or info.vocab_size, rows)
         return record | {
             "tokenizer": info.tokenizer,
             "tokenizer_sha256": info.tokenizer_sha256,
-            "characters": texts,
+            "characters": info.characters,
         }
     # Other architectures have vocabularies of these sizes, too.
     is_gpt2 = rows in _GPT2_SIZES and "architecture" not in record
@@ -169,6 +166,15 @@ def _record(folder: Path) -> dict[str, Any]:
                 "for GPT-2's tokens"
             )
     return record | {"tokenizer": "gpt2" if is_gpt2 else None}
+
+
+def _check_rows(folder: Path, teller: str, size: int, rows: int) -> None:
+    """UserError if a file of a model tells of more tokens than its table has rows."""
+    if size > rows:
+        raise UserError(
+            f"{folder}: its {teller} has {size} tokens, but its table {rows} rows: "
+            "give both of one model"
+        )
 
 
 def read_weights(folder: Path) -> dict:

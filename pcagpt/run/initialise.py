@@ -148,9 +148,13 @@ def mixed_origins(init: InitSettings) -> str | None:
     return None if is_one else f"{' and '.join(named)} are not of one model"
 
 
-def check_tokens(init: InitSettings, corpus: CorpusInfo) -> None:
-    """Raises UserError if the rows of imported factors are of other tokens."""
+def check_tokens(init: InitSettings, corpus: CorpusInfo, asked: str) -> None:
+    """Raises UserError if the rows of imported factors are of other tokens.
+
+    Also if nothing says of which. `asked` is the tokenizer that was asked for.
+    """
     for tokens in tokens_of_factors(init):
+        tokens.check_is_told(corpus, asked)
         tokens.check(corpus)
 
 

@@ -219,13 +219,14 @@ class OwnTokens:
 
     def check_is_told(self, corpus: CorpusInfo, asked: str) -> None:
         """Raises UserError if nothing says that tokens are those of the model."""
-        known = ("data", "tokenizer", "characters")
+        known = ("data", "tokenizer", "characters", "tokenizer_sha256")
         if any(self.record.get(name) for name in known) or asked != "auto":
             return
         if corpus.tokenizer:
+            is_model = "model" in self.record  # Factors are not.
+            remedy = "put the model's tokenizer.json there, or, " if is_model else ""
             raise UserError(
                 f"{self.folder} has no tokenizer, and {corpus.name} has tokens of "
-                f"{corpus.tokenizer}: put the model's tokenizer.json there, or, if "
-                "these are its tokens, set --config.data.tokenizer="
-                f"{corpus.tokenizer}"
+                f"{corpus.tokenizer}: {remedy}if these are its tokens, set "
+                f"--config.data.tokenizer={corpus.tokenizer}"
             )

@@ -76,6 +76,7 @@ class Setup:
         init, start, kept = settings.init, None, None
         if source := init.weights_from or init.blocks_from or settings.model_path:
             start = Run.open(source)
+            start.tokens.check_is_told(corpus, settings.data.tokenizer)
             start.check_corpus(corpus)
             kept = start.record.get(generation_files.FIELD)
         # Only a warning: controls may mix models.
@@ -105,7 +106,8 @@ class Setup:
             ),
         )
         setup.import_into(_stand_in(model))
-        processes.from_first(lambda: initialise.check_tokens(init, corpus))
+        asked = settings.data.tokenizer
+        processes.from_first(lambda: initialise.check_tokens(init, corpus, asked))
         setup.open_teacher()
         hashes = initialise.import_hashes(settings)
         if start:  # What was kept of it belongs to the weights of these hashes.
@@ -146,6 +148,7 @@ class Setup:
         if not path:
             return None
         run = Run.open(path)
+        run.tokens.check_is_told(self.corpus, self.settings.data.tokenizer)
         run.check_corpus(self.corpus)
         init = self.settings.init
         runs = (init.weights_from or self.settings.model_path, init.blocks_from)
