@@ -26,7 +26,7 @@ from pcagpt.data.tokenizer import (
     RANKS,
     encoding_from_ranks,
 )
-from pcagpt.data.tokenizer_files import byte_letters
+from pcagpt.data.vocabulary_files import byte_letters
 
 VOCAB_SIZE = RANKS["sotu4096"].vocab_size
 

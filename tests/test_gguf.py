@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from pcagpt.compression import open_decoder
 from pcagpt.compression.decoder import Decoder
-from pcagpt.data import gguf_header, tokenizer_files, vocabulary
+from pcagpt.data import file_tokenizer, gguf_header, vocabulary
 from pcagpt.errors import UserError
 from pcagpt.run import fingerprint, foreign
 from pcagpt.run.trained import Run
@@ -325,7 +325,7 @@ def test_a_lack_of_memory_is_no_damage(file, tmp_path, monkeypatch):
     monkeypatch.setattr("gguf.GGUFReader", exhausted)
     with pytest.raises(MemoryError):
         gguf_header.header(copy)
-    with pytest.raises(MemoryError), tokenizer_files._naming(file):
+    with pytest.raises(MemoryError), file_tokenizer.naming(file):
         raise MemoryError
 
 

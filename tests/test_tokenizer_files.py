@@ -19,7 +19,15 @@ from tokenizers import normalizers
 
 import pcagpt
 from pcagpt import file_hashes
-from pcagpt.data import hugging_face_tokenizer, tokenizer_files, vocabulary
+from pcagpt.data import (
+    file_tokenizer,
+    hugging_face_tokenizer,
+    packaged_tokenizers,
+    tokenizer_files,
+    tokenizer_settings,
+    vocabulary,
+    vocabulary_files,
+)
 from pcagpt.data.corpus import open_corpus
 from pcagpt.data.meta import read_meta
 from pcagpt.data.tokenizer import ASSETS, RANKS, load_tokenizer
@@ -47,12 +55,12 @@ def gpt2_merges():
     encoding = load_tokenizer("gpt2")
     tokens = map(encoding.decode_single_token_bytes, range(encoding.eot_token))
     pairs = hugging_face_tokenizer._merges(list(tokens))
-    return [" ".join(map(tokenizer_files.letters_of, pair)) for pair in pairs]
+    return [" ".join(map(vocabulary_files.letters_of, pair)) for pair in pairs]
 
 
 def test_merges_that_change_later_are_noticed(gpt2_merges, tmp_path, monkeypatch):
     monkeypatch.setattr(file_hashes, "is_settled", lambda _: True)
-    vocab = json.dumps(tokenizer_files._vocabulary_of("gpt2"))
+    vocab = json.dumps(packaged_tokenizers._vocabulary_of("gpt2"))
     (tmp_path / "vocab.json").write_text(vocab)
     for merges, name in ((gpt2_merges, "gpt2"), ([], str(tmp_path / "vocab.json"))):
         (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
@@ -60,7 +68,7 @@ def test_merges_that_change_later_are_noticed(gpt2_merges, tmp_path, monkeypatch
 
 
 def test_the_files_of_gpt2_have_its_name(gpt2_merges, tmp_path):
-    vocab = tokenizer_files._vocabulary_of("gpt2")
+    vocab = packaged_tokenizers._vocabulary_of("gpt2")
     known = {"!": 0, "Ċ": 198, "Ġthe": 262, "<|endoftext|>": 50256}
     assert {text: vocab[text] for text in known} == known
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
@@ -305,7 +313,7 @@ def test_added_tokens_that_transformers_does_not_read_are_no_matter(
 
 @pytest.mark.parametrize("change", [{"added_tokens": 5}, {"merges": [5]}])
 def test_a_damaged_tokenizer_like_gpt2s_is_refused(change, gpt2_merges, tmp_path):
-    vocab = tokenizer_files._vocabulary_of("gpt2")
+    vocab = packaged_tokenizers._vocabulary_of("gpt2")
     end = [{"id": 50256, "content": "<|endoftext|>"}]
     made = {"pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": end} | change
     model = {"type": "BPE", "vocab": vocab, "merges": gpt2_merges} | change
@@ -340,7 +348,7 @@ def test_merges_that_were_cut_off_are_noticed(name, byte_level, tmp_path, caplog
 
 
 def test_gpt2_with_other_files_beside_is_not_taken_for_gpt2(gpt2_merges, tmp_path):
-    vocab = json.dumps(tokenizer_files._vocabulary_of("gpt2"))
+    vocab = json.dumps(packaged_tokenizers._vocabulary_of("gpt2"))
     (tmp_path / "vocab.json").write_text(vocab)
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *gpt2_merges]))
     (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
@@ -353,7 +361,7 @@ def test_gpt2_with_other_files_beside_is_not_taken_for_gpt2(gpt2_merges, tmp_pat
     [
         *(
             ({"model_type": f"{name}2"}, f"is of {name}2, which cuts text in another w")
-            for name in tokenizer_files._OTHER_CUTS
+            for name in tokenizer_settings._OTHER_CUTS
         ),
         ({"tokenizer_class": "CTRLTokenizer"}, "is of CTRLTokenizer, which cuts"),
         ({"model_type": "gpt2", "x": float("inf")}, None),
@@ -963,8 +971,8 @@ def test_ranks_for_another_pattern_are_refused(tmp_path, monkeypatch):
     file = tmp_path / "cl100k_base.tiktoken"
     file.write_bytes(b"\n".join(RANK_LINES))
     vocabulary.load(str(file))
-    other = {tokenizer_files.sha256_of_file(file): "cl100k_base"}
-    monkeypatch.setattr(tokenizer_files, "_OTHER_PATTERNS", other)
+    other = {sha256_of_file(file): "cl100k_base"}
+    monkeypatch.setattr(vocabulary_files, "_OTHER_PATTERNS", other)
     with pytest.raises(UserError, match="cl100k_base, which cuts text in another way"):
         vocabulary.load(str(file))
 
@@ -980,5 +988,5 @@ def test_a_nano_gpt_folder_with_a_meta_file_has_its_characters(tmp_path):
 
 
 def test_an_alarm_of_the_program_is_no_damage_of_a_file(tmp_path):
-    with pytest.raises(TimeoutError), tokenizer_files._naming(tmp_path):
+    with pytest.raises(TimeoutError), file_tokenizer.naming(tmp_path):
         raise TimeoutError

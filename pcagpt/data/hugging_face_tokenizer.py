@@ -10,7 +10,8 @@ import tiktoken
 
 from pcagpt.data import gguf_header, vocabulary
 from pcagpt.data.tokenizer import END_OF_TEXT
-from pcagpt.data.tokenizer_files import CONFIG, MERGES, VOCAB, WHOLE, letters_of
+from pcagpt.data.tokenizer_settings import CONFIG
+from pcagpt.data.vocabulary_files import MERGES, VOCAB, WHOLE, letters_of
 from pcagpt.files import write_text
 from pcagpt.json_files import write_json, write_plain_json
 

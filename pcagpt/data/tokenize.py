@@ -18,10 +18,10 @@ import tiktoken
 
 from pcagpt import process
 from pcagpt.data import vocabulary
+from pcagpt.data.file_tokenizer import Lacking
 from pcagpt.data.meta import DTYPES, CorpusInfo, narrowest
 from pcagpt.data.sources import Document, TextSource
 from pcagpt.data.tokenizer import END_OF_TEXT
-from pcagpt.data.tokenizer_files import Lacking
 from pcagpt.errors import UserError
 from pcagpt.file_hashes import sha256_of_file
 from pcagpt.files import sync, write_file

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from pcagpt.data import tokenizer, tokenizer_files
+from pcagpt.data import packaged_tokenizers, tokenizer, tokenizer_files
 from pcagpt.data.characters import CharacterTokenizer
+from pcagpt.data.file_tokenizer import FileTokenizer
 from pcagpt.data.tokenizer import RANKS, Numbering
-from pcagpt.data.tokenizer_files import FileTokenizer
+from pcagpt.data.vocabulary_files import RANK_ENDING
 
 Tokenizer = tiktoken.Encoding | FileTokenizer
 
@@ -28,7 +29,7 @@ def name_of(asked: str) -> str:
     file = tokenizer_files.file_of(Path(asked))
     if file is None:
         tokenizer.rank_file(asked)
-    return tokenizer_files.known_name(file) or str(file.absolute())
+    return packaged_tokenizers.known_name(file) or str(file.absolute())
 
 
 def in_folder(folder: Path) -> str | None:
@@ -68,7 +69,7 @@ def ids_with_text(tokenizer: Tokenizer | CharacterTokenizer) -> np.ndarray:
 
 def tells_bytes(name: str) -> bool:
     """Whether the bytes of each token are known: only tiktoken's tell them."""
-    return name_of(name) in RANKS or name.endswith(tokenizer_files.RANK_ENDING)
+    return name_of(name) in RANKS or name.endswith(RANK_ENDING)
 
 
 def drops_characters(name: str) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 
 from pcagpt import trees
 from pcagpt.config import KNOBS
-from pcagpt.data import tokenizer_files, vocabulary
+from pcagpt.data import tokenizer_files, tokenizer_settings, vocabulary
 from pcagpt.data.meta import META_FILES, read_meta
 from pcagpt.data.tokenizer import RANKS
 from pcagpt.errors import UserError, warn_once
@@ -144,7 +144,7 @@ def _record(folder: Path) -> dict[str, Any]:
         # Exports write the files of such a tokenizer anew.
         if name in RANKS and (own := tokenizer_files.own_settings(folder)):
             kept = record.setdefault(generation_files.FIELD, {})
-            kept[tokenizer_files.CONFIG] = own
+            kept[tokenizer_settings.CONFIG] = own
         return record | {"tokenizer": name, "tokenizer_sha256": sha256}
     if any((folder / file).is_file() for file in META_FILES):  # nanoGPT's meta.pkl
         info, size = read_meta(folder, "auto"), None
@@ -159,7 +159,7 @@ def _record(folder: Path) -> dict[str, Any]:
     # Other architectures have vocabularies of these sizes, too.
     is_gpt2 = rows in _GPT2_SIZES and "architecture" not in record
     if is_gpt2:
-        tokenizer_files.check_is_gpt2s(folder)
+        tokenizer_settings.check_is_gpt2s(folder)
         if not nano_gpt.is_model(folder):  # Its models have no other tokenizer.
             warn_once(
                 f"{folder} has no tokenizer: the {rows:,} rows of its table are taken "
