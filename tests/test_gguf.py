@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from pcagpt.compression import open_decoder
 from pcagpt.compression.decoder import Decoder
-from pcagpt.data import file_tokenizer, gguf_header, vocabulary
+from pcagpt.data import file_tokenizer, gguf_header, tokenizer_files, vocabulary
 from pcagpt.errors import UserError
 from pcagpt.run import fingerprint, foreign
 from pcagpt.run.trained import Run
@@ -350,3 +350,16 @@ def test_a_tokenizer_that_transformers_cannot_make_must_be_named(
     assert "small.gguf has no tokenizer, and text has tokens of gpt2" in line
     outcome = call(*asked(file, data={"tokenizer": byte_level}))
     assert outcome.code == 0, outcome
+
+
+@pytest.mark.parametrize("name", ["AutoModelForCausalLM", "AutoTokenizer"])
+def test_an_error_of_transformers_names_the_file_itself(name, file, monkeypatch):
+    def refuse(folder, gguf_file, **_):
+        raise OSError(f"{folder}/{gguf_file} is odd")
+
+    monkeypatch.setattr(getattr(transformers, name), "from_pretrained", refuse)
+    is_model = name == "AutoModelForCausalLM"
+    open_it = open_decoder.open_model if is_model else tokenizer_files.load
+    with pytest.raises(UserError) as raised:
+        open_it(file)
+    assert f"{file} is odd" in str(raised.value)

@@ -23,7 +23,7 @@ from pcagpt.config import command_line
 from pcagpt.errors import UserError
 from pcagpt.json_files import read_json, write_json
 from pcagpt.pipeline.plan import make_plan
-from pcagpt.run import checkpoint, fingerprint, foreign, hugging_face
+from pcagpt.run import checkpoint, digests, fingerprint, foreign, hugging_face
 from pcagpt.run.folder import read_record, write_record
 from pcagpt.run.trained import Run
 from pcagpt.run.unfilled import Place, refuse_unfilled
@@ -88,6 +88,41 @@ def test_shards_a_base_model_and_stored_masks_are_the_same_model(folder, tmp_pat
     for other in same:
         assert_equal(weights(other), weights(folder))
         assert fingerprint.of(other) == fingerprint.of(folder)
+
+
+def test_a_model_saved_under_distributed_data_parallel_is_the_same(folder, tmp_path):
+    other = write(tmp_path / "parallel", prefix="module.transformer.")
+    assert_equal(weights(other), weights(folder))
+
+
+def test_the_index_of_shards_is_a_file_of_the_model(tmp_path):
+    shards = gpt2_folders.write_shards(tmp_path / "shards")
+    files = {file.name for file in shards.iterdir()}
+    assert {path.name for path in foreign.weight_files(shards)} == files
+    before = digests.stamps(shards)
+    with (shards / "model.safetensors.index.json").open("a") as file:
+        file.write("\n")
+    assert digests.stamps(shards) != before
+
+
+def test_a_folder_of_the_cache_stands_for_its_only_snapshot(tmp_path):
+    cached = tmp_path / "models--owner--theirs"
+    (cached / "snapshots").mkdir(parents=True)
+    asked = {"model_path": cached, "model": {"n_layer": 2}}
+
+    def line():
+        return refusal(*tiny("evaluate.py", "", **asked), unchanged=[cached])
+
+    assert "models--owner--theirs/snapshots is empty: download the model" in line()
+    newer = write(cached / "snapshots/b")
+    run = Run.open(cached)
+    assert run.folder == newer
+    assert_equal(weights(cached), weights(newer))
+    older = write(cached / "snapshots/a", seed=1)
+    assert f"{cached} has 2 snapshots: name one, such as {older}" in line()
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("b")
+    assert f"{cached} has 2 snapshots: name one, such as {newer}" in line()
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])

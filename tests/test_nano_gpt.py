@@ -83,6 +83,9 @@ def test_the_weights_are_those_of_the_same_model_in_a_hugging_face_folder(
     compiled = state(torch, prefix="_orig_mod.")
     compiled["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
     assert_equal(weights(write(torch, tmp_path / "compiled", compiled)), theirs)
+    for prefix in ("module.", "_orig_mod.module.", "module._orig_mod."):
+        saved = write(torch, tmp_path / prefix, state(torch, prefix=prefix))
+        assert_equal(weights(saved), theirs)
     kept = {name: torch.nn.Parameter(one) for name, one in state(torch).items()}
     assert_equal(weights(write(torch, tmp_path / "kept", kept)), theirs)
     run = Run.open(folder / "ckpt.pt")
@@ -186,6 +189,10 @@ SPOILT = {
     "unknown": (
         lambda torch: {"model": state(torch) | {"lora.weight": torch.ones(2)}},
         "has an unknown tensor lora.weight",
+    ),
+    "one_wrapped": (
+        lambda torch: {"model": state(torch) | {"module.ln_f.bias": torch.ones(16)}},
+        "has an unknown tensor module.ln_f.bias",
     ),
     "number_as_name": (
         lambda torch: {"model": state(torch) | {7: torch.ones(2)}},

@@ -21,11 +21,19 @@ def alone(file: Path) -> Iterator[Path]:
     """A folder with nothing but a link to a GGUF file, of the same name.
 
     transformers reads what else is in its folder, too, and prefers a tokenizer.json.
+    Errors that name the folder name that of the file instead.
     """
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / file.name).symlink_to(file.resolve())
-        yield place
+        try:
+            yield place
+        except Exception as error:
+            error.args = tuple(
+                one.replace(folder, str(file.parent)) if isinstance(one, str) else one
+                for one in error.args
+            )
+            raise
 
 
 class Header(NamedTuple):

@@ -37,6 +37,7 @@ _FILES = (
     hugging_face.CONFIG, hugging_face.WEIGHTS, hugging_face.INDEX, nano_gpt.CHECKPOINT,
     exported.OTHERS, exported.CODED_TABLE,
 )  # fmt: skip
+_SETTINGS = (hugging_face.CONFIG, hugging_face.INDEX)
 _OF_WEIGHTS = {Path(name).suffix for name in _FILES} - {".json"}
 _EXPORT_AGAIN = "export the model again"
 _MAY_CHANGE = ("README.md", generation_files.FILE)  # files of an export
@@ -57,9 +58,11 @@ def is_model(folder: Path) -> bool:
 def place_of(path: Path) -> Path:
     """The folder of a model's file, or the GGUF file of a folder; else the path.
 
-    Folders of GGUF files often have a config.json, too. UserError if other weights than
-    those of a named file would be read.
+    Folders of GGUF files often have a config.json, too. A folder in the cache of
+    Hugging Face stands for its snapshot. UserError if it has not just one, or if other
+    weights than those of a named file would be read.
     """
+    path = hugging_face.snapshot_in(path)
     if path.is_dir() and not (path / _OWN).exists():
         kind = _format(path)
         has_config = kind in (hugging_face, other_decoder)
@@ -197,8 +200,7 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(
         file
         for file in folder.iterdir()
-        if file.is_file()
-        and (file.name == hugging_face.CONFIG or file.suffix in _OF_WEIGHTS)
+        if file.is_file() and (file.name in _SETTINGS or file.suffix in _OF_WEIGHTS)
     )
 
 

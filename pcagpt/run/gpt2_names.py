@@ -28,8 +28,9 @@ _IN_BLOCK = {
 }
 TABLE, HEAD = "wte.weight", "lm_head.weight"
 PREFIX = "transformer."
-# torch.compile adds the first. A base model lacks the second.
-_PREFIXES = re.compile(r"(_orig_mod\.)?(transformer\.)?")
+# torch.compile and DistributedDataParallel add the first; a base model lacks the other.
+_PREFIXES = re.compile(r"(?:_orig_mod\.)?(?:transformer\.)?")
+_WRAPPED = re.compile(r"(?:_orig_mod\.)?module\.")
 _MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # constants of older versions
 
 
@@ -60,10 +61,14 @@ def leaves(
 def plain_names(stored: Iterable[str]) -> Iterator[tuple[str, str]]:
     """(name without prefixes, name in the file); leaves out attention masks.
 
+    `module.` is a prefix if all names have it.
     Several names in the file may be the same name without prefixes.
     """
-    for name in stored:
-        plain = _PREFIXES.sub("", name, count=1)
+    names = list(stored)
+    is_parallel = all(map(_WRAPPED.match, names))
+    for name in names:
+        inner = _WRAPPED.sub("", name, count=1) if is_parallel else name
+        plain = _PREFIXES.sub("", inner, count=1)
         if not _MASKS.fullmatch(plain):
             yield plain, name
 

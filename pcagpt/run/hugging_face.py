@@ -61,6 +61,7 @@ _ALIASES = {
     "n_head": "num_attention_heads",
 }
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SNAPSHOTS = "snapshots"
 _RESTORE = "restore it, or download the model again"
 
 
@@ -69,6 +70,27 @@ def is_model(folder: Path) -> bool:
     if stored_config(folder).keys() & {"architectures", "model_type"}:
         return True
     return any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+
+
+def snapshot_in(folder: Path) -> Path:
+    """The only snapshot in a model's folder of Hugging Face's cache; else `folder`.
+
+    UserError if such a folder has several snapshots, or none.
+    """
+    inside = folder / _SNAPSHOTS
+    if not (folder.name.startswith("models--") and inside.is_dir()):
+        return folder
+    found = sorted(path for path in inside.iterdir() if path.is_dir())
+    if not found:
+        raise UserError(f"{inside} is empty: download the model again")
+    if len(found) > 1:
+        main = folder / "refs/main"  # It names the newest that was asked for.
+        named = inside / main.read_text("utf-8").strip() if main.is_file() else None
+        raise UserError(
+            f"{folder} has {len(found)} snapshots: name one, such as "
+            f"{named if named in found else found[0]}"
+        )
+    return found[0]
 
 
 def stored_config(folder: Path) -> dict[str, Any]:
