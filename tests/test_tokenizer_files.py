@@ -18,7 +18,7 @@ from tokenizer_folders import HARD_TEXT, SIZE, TEXT
 from tokenizers import normalizers
 
 import pcagpt
-from pcagpt import file_hashes
+from pcagpt import file_hashes, json_files
 from pcagpt.data import (
     file_tokenizer,
     hugging_face_tokenizer,
@@ -65,6 +65,22 @@ def test_merges_that_change_later_are_noticed(gpt2_merges, tmp_path, monkeypatch
     for merges, name in ((gpt2_merges, "gpt2"), ([], str(tmp_path / "vocab.json"))):
         (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
         assert vocabulary.in_folder(tmp_path) == name
+
+
+def test_a_tokenizer_is_parsed_few_times(byte_level, tmp_path, monkeypatch):
+    """It takes seconds for some."""
+    path = shutil.copy(byte_level / "whole/tokenizer.json", tmp_path)
+    parsed, parse = [], json_files.parse_json
+    monkeypatch.setattr(file_hashes, "is_settled", lambda _: True)
+    monkeypatch.setattr(
+        json_files, "parse_json", lambda *given: parsed.append(1) or parse(*given)
+    )
+    name = vocabulary.name_of(str(path))
+    vocabulary.describe(name)
+    vocabulary.load(name)
+    vocabulary.drops_characters(name)
+    # Its tokens, its merges (for what they lack, and for a known name), its settings.
+    assert len(parsed) <= 4
 
 
 def test_the_files_of_gpt2_have_its_name(gpt2_merges, tmp_path):

@@ -13,6 +13,7 @@ from pcagpt.data.vocabulary_files import (
     OTHER_JOINS,
     RANK_ENDING,
     VOCAB,
+    fields_of,
     ids_by_text,
     letters_of,
     lines_of_merges,
@@ -58,7 +59,7 @@ def _merges_of_gpt2s_kind(file: Path) -> list[Any] | None:
     if file.suffix == gguf_header.ENDING:
         fields = gguf_header.tokenizer_fields(file)
         return fields.merges if fields.kind == ("gpt2", "gpt-2") else None
-    whole = read_json(file, DAMAGED) or {}
+    whole = fields_of(file)
     model, cut = (
         part if isinstance(part := whole.get(name), dict) else {}
         for name in ("model", "pre_tokenizer")
@@ -66,10 +67,12 @@ def _merges_of_gpt2s_kind(file: Path) -> list[Any] | None:
     is_cut_so = cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
     is_changed = cut.get("add_prefix_space") or whole.get("normalizer")
     is_joined_so = not any(map(model.get, OTHER_JOINS))
-    added, merges = whole.get("added_tokens"), model.get("merges")
+    added = whole.get("added_tokens")
     has_end = isinstance(added, list) and any(map(is_plain_end, added))
-    is_alike = is_cut_so and not is_changed and is_joined_so and has_end
-    return merges if is_alike and isinstance(merges, list) else None
+    if not (model and is_cut_so and not is_changed and is_joined_so and has_end):
+        return None
+    merges = (read_json(file, DAMAGED) or {})["model"].get("merges")
+    return merges if isinstance(merges, list) else None
 
 
 @functools.cache

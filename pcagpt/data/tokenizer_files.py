@@ -29,13 +29,13 @@ from pcagpt.data.vocabulary_files import (
     WHOLE,
     added_from,
     check_merges,
+    fields_of,
     ids_by_text,
     ranks_in,
 )
 from pcagpt.errors import OF_NO_FILE, UserError
-from pcagpt.file_hashes import read_once, sha256_of_file
+from pcagpt.file_hashes import sha256_of_file
 from pcagpt.files import odd_kind
-from pcagpt.json_files import read_json
 
 _TEMPLATE = "chat_template"  # its own file, or a field of the settings
 # Normalizers in tokenizer.json that drop no character.
@@ -179,21 +179,19 @@ def own_settings(folder: Path) -> dict[str, Any]:
     return {n: of for n, of in config.items() if n in names or n.endswith(ends)}
 
 
-@read_once
 def _changes_texts(whole: Path) -> bool:
     """Whether a tokenizer.json asks to cut off, fill up or vary texts."""
-    content = read_json(whole, DAMAGED) or {}
+    content = fields_of(whole)
     model = content.get("model")
     has_dropout = isinstance(model, dict) and model.get("dropout")
     return bool(content.get("truncation") or content.get("padding") or has_dropout)
 
 
-@read_once
 def drops_characters(file: Path) -> bool:
     """Whether a normalizer may drop characters, such as spaces at the end of a text."""
     if file.name != WHOLE:  # What is made of other files has none that does.
         return False
-    return _drops((read_json(file, DAMAGED) or {}).get("normalizer"))
+    return _drops(fields_of(file).get("normalizer"))
 
 
 def _drops(normalizer: Any) -> bool:

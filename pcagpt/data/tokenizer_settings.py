@@ -15,10 +15,10 @@ from pcagpt.data.vocabulary_files import (
     WHOLE,
     added_tokens,
     byte_letters,
+    fields_of,
     ids_by_text,
 )
 from pcagpt.errors import UserError
-from pcagpt.file_hashes import read_once
 from pcagpt.json_files import read_json
 
 CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"
@@ -131,12 +131,11 @@ def _other_special(config: dict[str, Any], texts: Collection[str]) -> str | None
     return None
 
 
-@read_once
 def _adds_space(file: Path) -> bool | None:
     """Whether GPT-2's way to cut puts a space before a text; None of another way."""
     if file.name == VOCAB:
         return False
-    cut = (read_json(file, DAMAGED) or {}).get("pre_tokenizer")
+    cut = fields_of(file).get("pre_tokenizer")
     cut = cut if isinstance(cut, dict) else {}
     parts = cut.get("pretokenizers")
     for part in parts if isinstance(parts, list) else [cut]:

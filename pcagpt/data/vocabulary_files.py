@@ -16,6 +16,7 @@ from pcagpt.json_files import read_json
 WHOLE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 RANK_ENDING = ".tiktoken"
 DAMAGED = "restore it, or download it again"
+_BIG = ("vocab", "merges")  # take seconds to read, and much memory
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token, as in Llama 2
 # Fields of a model in tokenizer.json with which it joins bytes in another way.
 OTHER_JOINS = ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
@@ -56,10 +57,18 @@ def ids_by_text(file: Path) -> dict[str, int]:
     return found
 
 
+@read_once
+def fields_of(whole: Path) -> dict[str, Any]:
+    """What a tokenizer.json says besides its vocabulary and merges."""
+    content = read_json(whole, DAMAGED) or {}
+    if isinstance(model := content.get("model"), dict):
+        content["model"] = {n: of for n, of in model.items() if n not in _BIG}
+    return content
+
+
 def added_tokens(file: Path) -> list[dict[str, Any]]:
     """The added tokens that a tokenizer.json states; [] for another file."""
-    whole = (read_json(file, DAMAGED) or {}) if file.name == WHOLE else {}
-    return whole.get("added_tokens") or []
+    return (fields_of(file) if file.name == WHOLE else {}).get("added_tokens") or []
 
 
 @read_once
