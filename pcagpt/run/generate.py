@@ -20,7 +20,9 @@ from pcagpt.model.next_token import next_hidden
 BATCH_BYTES, BATCH_SAMPLES = 2**32, 512
 # The device draws many tokens in one call, so that it never waits for the host. A call
 # takes about this many seconds. Text appears after each call, and Ctrl-C waits for it.
-CALL_SECONDS, CALL_TOKENS = 0.1, 256
+CALL_SECONDS, CALL_TOKENS, CALL_GROWTH = 0.1, 256, 16
+# A GPU draws this many tokens before it asks the host whether to go on.
+TOKENS_UNASKED = 8
 LEAST_CAPACITY = 128  # tokens; a power of 2
 LEAST_TEMPERATURE = 1e-6  # below, logits would overflow; the likeliest token is drawn
 
@@ -91,12 +93,13 @@ def generate(
     length, key = model.config.block_size, key_of(seed)
     key = jax.random.fold_in(key, batch) if batch else key
     rows = model.config.vocab_size
-    ids = np.ones(rows, bool) if ids is None else ids[:rows]
+    ids = jax.device_put(np.ones(rows, bool) if ids is None else ids[:rows])
     sampler = Sampler(model, temperature, top_k, top_p)
     prompt = np.asarray(prompt, np.int32)[-length:]
     window_BT = jnp.zeros((samples, length), jnp.int32).at[:, : len(prompt)].set(prompt)
     variables = jax.device_put(in_compute_dtype(variables, model))
-    known, pace = len(prompt), _Pace()
+    known, unasked = len(prompt), _tokens_unasked()
+    pace = _Pace(unasked)
     end = known + limit if limit is not None else 2**31 - 1  # int32 counts tokens
     if known < min(length, end):
         capacity = cache_capacity(known, length)
@@ -112,7 +115,8 @@ def generate(
             count = pace.tokens(min(capacity + 1, length, end) - known)
             with pace:
                 window_BT, cache = _read_next(
-                    variables, window_BT, cache, known, known + count, key, sampler, ids
+                    *(variables, window_BT, cache, known, known + count, key, sampler),
+                    *(ids, unasked),
                 )
                 drawn_BT = np.array(window_BT)[:, known : known + count]
             yield from drawn_BT.T
@@ -130,10 +134,13 @@ def generate(
 
 
 class _Pace:
-    """How many tokens a call draws, so that it takes about CALL_SECONDS."""
+    """How many tokens a call draws, so that it takes about CALL_SECONDS.
 
-    def __init__(self):
-        self._tokens, self._asked = 1, 1
+    At least `unit`, and multiples of it: the device draws as many without asking.
+    """
+
+    def __init__(self, unit: int = 1):
+        self._tokens = self._asked = self._unit = unit
 
     def tokens(self, most: int) -> int:
         """The tokens of the next call, at most `most`."""
@@ -144,11 +151,11 @@ class _Pace:
         self._start = time.monotonic()
 
     def __exit__(self, *_):
-        seconds = time.monotonic() - self._start
-        if seconds > CALL_SECONDS:
-            self._tokens = max(1, self._asked // 2)
-        elif seconds < CALL_SECONDS / 2 and self._asked == self._tokens:
-            self._tokens = min(2 * self._tokens, CALL_TOKENS)
+        seconds = max(time.monotonic() - self._start, 1e-6)
+        fitting = int(self._asked * CALL_SECONDS / seconds)
+        # A short call is mostly overhead, and hides how long a token takes.
+        most = min(fitting, CALL_GROWTH * self._asked, CALL_TOKENS)
+        self._tokens = max(most // self._unit, 1) * self._unit
 
 
 def cache_capacity(known: int, block_size: int) -> int:
@@ -192,9 +199,19 @@ def _enlarge(cache, capacity: int):
     return jax.tree.map(pad, cache)
 
 
-@functools.partial(jax.jit, static_argnums=6, donate_argnums=(1, 2))
-def _read_next(variables, window_BT, cache, known, end, key, sampler: Sampler, ids):
-    """Draws tokens `known` to `end` with the cache; returns the same as `_read`."""
+def _tokens_unasked() -> int:
+    """A loop of unknown length makes a GPU wait for the host at each turn."""
+    return TOKENS_UNASKED if jax.default_backend() == "gpu" else 1
+
+
+@functools.partial(jax.jit, static_argnums=(6, 8), donate_argnums=(1, 2))
+def _read_next(
+    variables, window_BT, cache, known, end, key, sampler: Sampler, ids, unasked: int
+):
+    """Draws tokens `known` to `end` with the cache; returns the same as `_read`.
+
+    It draws `unasked` at a time, and the last token again if some of them are too many.
+    """
 
     def draw_next(known, carry):
         window_BT, cache = carry
@@ -204,7 +221,16 @@ def _read_next(variables, window_BT, cache, known, end, key, sampler: Sampler, i
         drawn_B = _draw(variables, h_BD, known, key, sampler, ids)
         return window_BT.at[:, known].set(drawn_B), cache
 
-    return jax.lax.fori_loop(known, end, draw_next, (window_BT, cache))
+    def draw_some(turn, carry):
+        def draw(place, carry):
+            return draw_next(
+                jnp.minimum(known + turn * unasked + place, end - 1), carry
+            )
+
+        return jax.lax.fori_loop(0, unasked, draw, carry)
+
+    turns = (end - known + unasked - 1) // unasked
+    return jax.lax.fori_loop(0, turns, draw_some, (window_BT, cache))
 
 
 @functools.partial(jax.jit, static_argnums=5, donate_argnums=1)
