@@ -17,6 +17,14 @@ from pcagpt.methods import CODES
 REMEDY = "delete it to measure again"
 
 
+class Provenance(TypedDict):
+    """Under what numbers were measured; of several devices and so on, 'A, B'."""
+
+    device: str | None
+    versions: dict[str, str] | None
+    git_commit: str | None
+
+
 class MeasuredOn(TypedDict):
     """Fields of 'protocol' and 'measured_on': which tokens were predicted, and how.
 
@@ -45,7 +53,7 @@ class Sample(TypedDict):
     texts: dict[str, str]
 
 
-class _Trained(TypedDict):
+class _Trained(Provenance):
     """A run of `report.collect.recovered_rows`."""
 
     run: str
@@ -76,7 +84,7 @@ class Continued(_Trained):
     method: str | None
 
 
-class _Sweep(TypedDict):
+class _Sweep(Provenance):
     protocol: _Protocol
     measured_on: MeasuredOn | None
     rows: list

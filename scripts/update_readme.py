@@ -51,9 +51,9 @@ PEERS = {"torch": "PyTorch", "transformers": "transformers"}  # of scripts/bench
 
 
 def short(commit: str | None) -> str:
-    """A commit by 12 letters of its hash; '-dirty' stays: the tree had changes."""
-    sha, *dirty = (commit or "unknown").split("-")
-    return code("-".join([sha[:12], *dirty]))
+    """Commits by 12 letters of each hash; '-dirty' stays: the tree had changes."""
+    parts = [one.split("-") for one in (commit or "unknown").split(", ")]
+    return ", ".join(code("-".join([sha[:12], *dirty])) for sha, *dirty in parts)
 
 
 def results_table(folder: Path) -> str:

@@ -512,6 +512,46 @@ def test_measured_rows_are_kept_and_not_measured_again(asked, swept, monkeypatch
     assert {key(r) for r in smaller["rows"] + smaller["other_rows"]} > known.keys()
 
 
+def test_a_sweep_names_the_commits_under_which_its_rows_were_measured_and_no_other(
+    asked, monkeypatch
+):
+    few = {"compress.methods": "svd", "compress.bands": (1,), "compress.bits": ()}
+
+    def commits(commit, **ranks):
+        monkeypatch.setenv("PCAGPT_COMMIT", commit)
+        found = sweep_of(asked, **few, **ranks)
+        report = (folder_of(asked) / "report.md").read_text()
+        assert f"| git commit | {found['git_commit']} |" in report
+        return found["git_commit"]
+
+    assert commits("one", ranks=(4, 8)) == "one"
+    assert commits("two", ranks=(8,)) == "one"  # It measured nothing.
+    shutil.rmtree(folder_of(asked) / "best_k8")
+    assert commits("two", ranks=(8,)) == "one"  # The same table.
+    assert commits("three", ranks=(4, 12)) == "one, three"
+    assert commits("three", ranks=(16,)) == "one, three"
+    found = json_of(folder_of(asked) / "sweep.json")
+    assert "grain" in found["versions"]
+    trained = {"run": "k4", "rank": 4, "method": "svd", "bands": 1, "tokens_seen": 5}
+    trained |= {"val_loss": 1.0, "added_loss": 0.1, "git_commit": "four"}
+    found["recovered"] = [trained | {"device": "1 x B", "versions": {"jax": "9"}}]
+    write_json(folder_of(asked) / "sweep.json", found)
+    sweep_of(asked, **few, ranks=(4,))
+    report = (folder_of(asked) / "report.md").read_text()
+    assert "| git commit | one, three, four |" in report
+    assert f"jax {found['versions']['jax']}, 9," in report
+
+
+@pytest.mark.usefixtures("other_rounding")
+def test_a_sweep_names_the_commit_of_a_table_that_is_made_again_with_other_rounding(
+    copied_sweep, monkeypatch
+):
+    earlier = json_of(folder_of(copied_sweep) / "sweep.json")["git_commit"]
+    shutil.rmtree(folder_of(copied_sweep) / "best_k8")
+    monkeypatch.setenv("PCAGPT_COMMIT", "two")
+    assert sweep_of(copied_sweep)["git_commit"] == f"{earlier}, two"
+
+
 @pytest.mark.parametrize("file", ["sweep.json", "advice.json"])
 def test_numbers_stay_when_the_file_of_the_tokenizer_is_moved(copied_sweep, file):
     """Its content is in the hash of the corpus."""
@@ -1796,7 +1836,7 @@ def test_results_of_other_runs_stay_while_they_are_compared_with_the_same_d_plus
             {"run": "continued", "rank": None} | row,
             {"run": f"k{rank}", "rank": rank, "method": "svd", "bands": 1} | row,
         ]
-        sweep_module.add_recovered(Output(tmp_path, {}, lambda: None), rows)
+        sweep_module.add_recovered(Output(tmp_path, {}, {}, lambda: None), rows)
     found = json.loads((tmp_path / "sweep.json").read_text())["recovered"]
     assert [row["run"] for row in found] == kept
     assert ("left out of the report: k4," in capsys.readouterr().out) == bool(changes)

@@ -137,6 +137,19 @@ def test_the_last_lines_tell_the_best_tables_a_next_command_and_what_is_missing(
     )
 
 
+def test_errors_name_the_commits_under_which_they_were_measured(table, monkeypatch):
+    def commits(commit, *words):
+        monkeypatch.setenv("PCAGPT_COMMIT", commit)
+        assert call(*asked(table, *QUICK, *words)).code == 0
+        return errors_of(table)["git_commit"]
+
+    assert commits("one") == "one"
+    assert commits("two") == "one"  # It measured nothing.
+    assert commits("three", "--config.ranks=12") == "one, three"
+    shutil.rmtree(folder_of(table) / "best_k10")
+    assert commits("four") == "one, three, four"  # It was made and measured again.
+
+
 def test_the_report_says_that_there_is_no_loss_and_lists_the_best_tables(table):
     assert call(*asked(table, RANKS)).code == 0
     folder, rows = folder_of(table), rows_of(table)

@@ -17,6 +17,7 @@ import pytest
 from command_line import CONFIGS, call, tiny
 from runs import metrics, saved_state
 
+import pcagpt
 from pcagpt.factorization import factor_files
 from pcagpt.report.read import read_row
 from pcagpt.run import folder
@@ -116,6 +117,8 @@ def test_a_run_resumes_from_an_earlier_checkpoint_to_the_same_end(run, left):
     assert "resumes at step 2" in outcome.out
     # Its checkpoint knows no losses; only the log has the first ones.
     assert folder.read_result(run_dir)["curve"] is None
+    versions = folder.read_result(run_dir)["versions"]
+    assert versions["pcagpt"] == f"unknown, {pcagpt.__version__}"
     losses = [loss for _, split, loss in seen if split == "val"]
     curve = np.array(read_row(run_dir)["curve"])
     assert curve[:, 1] == pytest.approx(losses, rel=1e-5)

@@ -31,7 +31,7 @@ from pcagpt.errors import Interrupted, UserError
 from pcagpt.factorization import BandFactors, FactorizedTable
 from pcagpt.factorization.factor_files import write_bands
 from pcagpt.pipeline.evaluate import evaluate
-from pcagpt.run import folder, initialise
+from pcagpt.run import folder, initialise, provenance
 from pcagpt.run.checkpoint import steps
 from pcagpt.training.interrupt import recorded_signals
 
@@ -170,6 +170,24 @@ def test_a_run_killed_between_its_last_save_and_its_result_ends_the_same(
     assert_same_run(killed_dir, straight_dir)
     found, wanted = (folder.read_result(path) for path in (killed_dir, straight_dir))
     assert all(found[name] == wanted[name] for name in TIMINGS & wanted.keys())
+
+
+def test_a_result_names_what_each_session_of_the_run_ran_on(tiny_config, monkeypatch):
+    device = provenance.device(1)
+
+    def session(commit, version, at=None):
+        monkeypatch.setenv("PCAGPT_COMMIT", commit)
+        monkeypatch.setattr(provenance, "device", lambda count: f"{device} {version}")
+        monkeypatch.setattr("pcagpt.__version__", version)
+        return stop(tiny_config, at) if at else execute(tiny_config)
+
+    session("one", "1.0", 2)
+    session("one", "1.0", 3)
+    session("two", "1.1", 4)
+    result = folder.read_result(session("one", "1.2"))
+    assert result["git_commit"] == "one, two"
+    assert result["versions"]["pcagpt"] == "1.0, 1.1, 1.2"
+    assert result["device"] == f"{device} 1.0, {device} 1.1, {device} 1.2"
 
 
 def test_lines_logged_after_the_checkpoint_are_dropped_and_logged_again(

@@ -63,7 +63,8 @@ def advise(
     answer = {"bounds": options.bounds, "chosen": row, "trials": trials}
     # The same recipe can give another table.
     answer["model_run_id"] = read_record(place)["run_id"]
-    advice, path = output.heading | answer, output.folder / "advice.json"
+    advice = output.heading | output.made_by | answer
+    path = output.folder / "advice.json"
     earlier, own = read_json(path, "delete it") or {}, strict(advice)
     if isinstance(protocol := earlier.get("protocol"), dict):
         earlier["protocol"] = original.renewed(protocol)

@@ -21,7 +21,16 @@ from pcagpt.factorization import (
 )
 from pcagpt.json_files import strict, write_json
 from pcagpt.report import write_sweep_report
-from pcagpt.rows import AnyRow, Recipe, Row, in_bands, read_sweep, row_of_model
+from pcagpt.rows import (
+    AnyRow,
+    Provenance,
+    Recipe,
+    Row,
+    in_bands,
+    read_sweep,
+    row_of_model,
+)
+from pcagpt.run import provenance
 from pcagpt.run.folder import move_aside, removed
 from pcagpt.sharding import processes
 from pcagpt.telemetry.progress import Progress
@@ -68,7 +77,7 @@ def sweep(
         return candidate.row(original.measure(candidate))
 
     def write(tried: list[Recipe]) -> dict[str, Any]:
-        return write_sweep(output, tried, measured, _predicted)
+        return write_sweep(output, tried, measured, known, _predicted)
 
     def report(content: dict[str, Any]) -> Path:
         return write_sweep_report(folder, content)
@@ -99,7 +108,7 @@ def resume(
 ) -> tuple[dict[str, Any], dict[Recipe, AnyRow]]:
     """The rows of an earlier sweep under the same protocol; moves another one aside.
 
-    The heading then also has its R(D) line, its models and the results of further
+    The heading then also has its provenance, R(D) line, models and results of further
     training. Codes of another version are measured again.
     """
     path, heading = output.folder / output.file, output.heading
@@ -108,16 +117,17 @@ def resume(
         move_aside(path)
         return heading, {}
     has_same_codes = earlier["protocol"].get("codes") == own["codes"]
+    rows = earlier["rows"] + earlier["other_rows"]
+    measured = {r.recipe: r for r in rows if has_same_codes or not r.is_codes}
     names = (
         "recovered",
         "samples",
         "samples_of",
+        *(Provenance.__annotations__ if measured else []),
         *(["gaussian_limit", "models"] if has_same_codes else []),
     )
     kept = [name for name in names if earlier.get(name)]
     heading = heading | {name: earlier[name] for name in kept}
-    rows = earlier["rows"] + earlier["other_rows"]
-    measured = {r.recipe: r for r in rows if has_same_codes or not r.is_codes}
     return heading, measured
 
 
@@ -185,7 +195,7 @@ def _write_best(
     In a tie, it keeps the one already there. If an earlier sweep wrote this model and
     it is undamaged, it is not made again. A row in `measured` gets the hash of the
     table that is written: another machine may have made the row, which rounds in
-    another way.
+    another way. `known` then lacks its recipe.
     """
     rows = [measured[recipe] for recipe in recipes]
     # Runs may have started from the one there.
@@ -198,6 +208,8 @@ def _write_best(
         stored = candidate.stored | {"seconds": row.seconds}
         row = dataclasses.replace(row, **stored)
         if write_model(place, original, candidate, row, overwrite):
+            if row != measured[best]:
+                known.discard(best)
             measured[best] = row
 
 
@@ -237,7 +249,7 @@ def set_samples(output: Output, samples: dict[str, Any]) -> None:
         raise removed(path)
     for name in ("samples", "samples_of"):
         content.pop(name, None)
-    content |= samples
+    content |= samples | provenance.joined((content, output.made_by))
     write_json(path, content)
     write_sweep_report(output.folder, content)
 
@@ -246,20 +258,26 @@ def write_sweep(
     output: Output,
     tried: list[Recipe],
     measured: dict[Recipe, AnyRow],
+    known: set[Recipe],
     complete: Callable[[list[AnyRow]], list[AnyRow]] = list,
 ) -> dict[str, Any]:
     """Writes the JSON file of a sweep; returns its content.
 
-    `complete` gets the rows of `tried`, and returns those to write. other_rows: rows of
-    earlier commands that are not in `tried`; rows_left: number of rows still to
-    measure, absent at the end.
+    `known` are the recipes of rows that earlier commands measured; `complete` gets the
+    rows of `tried`, and returns those to write. other_rows: rows of earlier commands
+    that are not in `tried`; rows_left: number of rows still to measure, absent at the
+    end.
     """
     output.check()
     output.folder.mkdir(parents=True, exist_ok=True)
     output.check()  # From now on, it notices if the folder is moved away.
     rows = complete([measured[recipe] for recipe in tried if recipe in measured])
     others = [row for recipe, row in measured.items() if recipe not in tried]
-    content = {**output.heading, "rows": rows, "other_rows": others}
+    makers = [output.heading]
+    if measured.keys() - known:
+        makers.append(output.made_by)
+    made_by = provenance.joined(makers)
+    content = {**output.heading, **made_by, "rows": rows, "other_rows": others}
     if len(rows) < len(tried):
         content["rows_left"] = len(tried) - len(rows)
     write_json(output.folder / output.file, content)

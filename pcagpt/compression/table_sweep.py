@@ -30,10 +30,10 @@ def sweep_table(
     Raises UserError if all recipes are left out, because no table fits.
     """
     heading, measured = resume(table, output, ErrorRow)
-    output = dataclasses.replace(output, heading=heading)
+    output, known = dataclasses.replace(output, heading=heading), set(measured)
 
     def write(tried: list[Recipe]) -> dict[str, Any]:
-        return write_sweep(output, tried, measured)
+        return write_sweep(output, tried, measured, known)
 
     def report(content: dict[str, Any]) -> Any:
         return write_table_report(output.folder, content)
@@ -46,6 +46,7 @@ def sweep_table(
             candidate = table.compressor(best)
             # Another machine may have made the row: it rounds in another way.
             measured[best] = table.row(candidate)
+            known.discard(best)
             output.check()
             replace_table(place, candidate)
     content = write(tried)
@@ -78,5 +79,5 @@ def advise_table(
         return
     output.check()
     trials = [table.row(trial.candidate) for trial in tried]
-    advice = output.heading | own | {"chosen": row, "trials": trials}
+    advice = output.heading | output.made_by | own | {"chosen": row, "trials": trials}
     replace_table(place, candidate, advice)

@@ -173,7 +173,6 @@ class _Table:
             "command": command,
             "run": str(run.folder),
             "step": run.step,
-            **provenance.summary(original.model.device_count, original.model.packages),
             "protocol": original.protocol,
             "measured_on": original.measured_on,
             "architecture": run.architecture,
@@ -192,7 +191,9 @@ class _Table:
                 check_place()
                 original.corpus.check_unchanged()
 
-            output = Output(folder, heading, check_inputs)
+            model = original.model
+            made_by = provenance.summary(model.device_count, model.packages)
+            output = Output(folder, heading, made_by, check_inputs)
             overwrite = settings.overwrite
             if options.bounds:
                 row = advise(

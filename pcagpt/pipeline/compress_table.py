@@ -73,7 +73,6 @@ def compress_table(settings: Settings, command: str) -> None:
         heading = {
             "command": command,
             "source": str(source),
-            **provenance.summary(1),
             "protocol": table.protocol,
             "statistics_are_checked": table.is_checked,
         }
@@ -82,7 +81,8 @@ def compress_table(settings: Settings, command: str) -> None:
             check_lock()
             check_place()
 
-        output, lines = Output(folder, heading, check, "errors.json"), []
+        made_by, lines = provenance.summary(1), []
+        output = Output(folder, heading, made_by, check, "errors.json")
         if options.bounds:
             advise_table(table, methods, options, output)
         else:

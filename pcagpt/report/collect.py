@@ -18,6 +18,7 @@ from pcagpt.report.compare import (
     window_interval,
 )
 from pcagpt.report.read import read_config, read_row, read_spectrum
+from pcagpt.run import provenance
 from pcagpt.run.folder import read_result
 
 
@@ -51,17 +52,11 @@ def collect_results(
     config = read_config(workdir / rows[0]["folder"])
     vocab_size = config.get("vocab_size") or config.get("model", {}).get("vocab_size")
     corpus = {"name": protocol.get("corpus"), **config.get("data", {})}
-    versions = [row.get("versions") or {} for row in rows]
     return strict(
         {
             "command": command,
             "created": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
-            "git_commit": _joined(row.get("git_commit") for row in rows),
-            "device": _joined(row.get("device") for row in rows),
-            "versions": {
-                name: _joined(found.get(name) for found in versions)
-                for name in sorted(set().union(*versions))
-            },
+            **provenance.joined(rows),
             "corpus": corpus | {"vocab_size": vocab_size},
             "protocol": protocol,
             "confidence": CONFIDENCE,
@@ -94,6 +89,7 @@ def recovered_rows(
         table = made[row["folder"]]
         copied = ("letter", "run", "val_loss", "start_loss", "tokens_seen")
         result = {name: row[name] for name in (*copied, "learning_rate")}
+        result |= provenance.joined([row])
         result |= {name: table.get(name) for name in ("rank", "method", "bands")}
         start = row["start_loss"]
         found.append(
@@ -212,8 +208,3 @@ def _conditions(row: dict[str, Any]) -> dict[str, Any]:
         "compute_dtype": _dtype_of(row),
         **(row.get("protocol") or {}),
     }
-
-
-def _joined(values: Iterable[str | None]) -> str | None:
-    """The distinct values, separated by commas; None if all are empty."""
-    return ", ".join(dict.fromkeys(value for value in values if value)) or None

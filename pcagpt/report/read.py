@@ -46,7 +46,7 @@ _RESULT: dict[str, tuple] = {
     "band_ranks": (list, None),
     "device": (str, None),
     "git_commit": (str, None),
-    "versions": (dict, None),
+    "versions": (dict[str, str], None),
     "protocol": (dict, None),
 }
 

@@ -37,6 +37,7 @@ from pcagpt.report.text import (
     with_interval,
 )
 from pcagpt.rows import Row, Stored
+from pcagpt.run import provenance
 
 SPLIT_TITLES = {"train": "training", "val": "validation", "test": "test"}
 SMALL_LOSS = 0.3  # nats: predictions should be accurate up to here
@@ -51,12 +52,14 @@ def sweep_view(sweep: dict[str, Any]) -> dict[str, Any]:
     measured = table_columns(sweep)
     short = [column for column in measured if column.title in _SHORT]
 
+    makers = [sweep, *(sweep.get("recovered") or ())]
+
     def named(row: Row) -> str:
         name = row_name(row.method, row.bands, row.bits)
         return Markdown(f"**{name}**") if row is best else name
 
     return {
-        "sweep": sweep,
+        "sweep": sweep | provenance.joined(makers),
         "split": SPLIT_TITLES[sweep["protocol"].get("split", "val")],
         "interval_name": INTERVAL,
         "baseline": baseline_of(sweep),

@@ -1,9 +1,11 @@
 """Provenance of results: versions, commit, device and its peak speed."""
 
+import itertools
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import jax
 
 import pcagpt
+from pcagpt.rows import Provenance
 
 # Dense bfloat16 FLOP/s by the start of the device's name, from NVIDIA's data sheets.
 PEAK_FLOPS = {
@@ -27,8 +30,14 @@ PEAK_FLOPS = {
 }
 
 
-def summary(device_count: int, packages: tuple[str, ...] = ()) -> dict[str, Any]:
-    """{'device', 'versions', 'git_commit'} of a result on `device_count` devices."""
+# Of what versions made that did not record it.
+UNKNOWN = Provenance(
+    device="unknown", versions={"pcagpt": "unknown"}, git_commit="unknown"
+)
+
+
+def summary(device_count: int, packages: tuple[str, ...] = ()) -> Provenance:
+    """The provenance of a result on `device_count` devices."""
     return {
         "device": device(device_count),
         "versions": versions(packages),
@@ -36,11 +45,34 @@ def summary(device_count: int, packages: tuple[str, ...] = ()) -> dict[str, Any]
     }
 
 
+def joined(makers: Iterable[Mapping[str, Any]]) -> Provenance:
+    """The provenance of what several commands made, in their order.
+
+    Each maker may hold a `Provenance`, also a joined one, and other fields.
+    """
+    made_by = list(makers)
+    versions = [maker.get("versions") or {} for maker in made_by]
+    return {
+        "device": _distinct(maker.get("device") for maker in made_by),
+        "versions": {
+            name: _distinct(known.get(name) for known in versions)
+            for name in dict.fromkeys(itertools.chain(*versions))
+        },
+        "git_commit": _distinct(maker.get("git_commit") for maker in made_by),
+    }
+
+
+def _distinct(values: Iterable[str | None]) -> str | None:
+    """The distinct parts of values as in 'A, B', joined; None if all are empty."""
+    parts = (part for value in values if value for part in value.split(", "))
+    return ", ".join(dict.fromkeys(parts)) or None
+
+
 def versions(packages: tuple[str, ...] = ()) -> dict[str, str]:
     """Versions of Python, pcagpt, its numerical packages and the other `packages`."""
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", *packages)
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
     own = {"python": platform.python_version(), "pcagpt": pcagpt.__version__}
-    return own | {name: metadata.version(name) for name in names}
+    return own | {name: metadata.version(name) for name in (*names, *packages)}
 
 
 def git_commit() -> str | None:

@@ -74,6 +74,8 @@ def train(
         teacher = place_teacher(setup, state)
         setup.check_unchanged()  # All imports are read now.
         resumed_at = checkpoints.latest_step  # None: the run is new
+        makers = history.made_by, provenance.summary(setup.mesh.size)
+        history.made_by = provenance.joined(makers)
         first_step, seconds_before = int(state.step), history.seconds
         telemetry = stack.enter_context(
             _telemetry(setup, run_dir, record, command, resumed_at, check_lock)
@@ -326,6 +328,6 @@ def _result(
         "seconds": history.seconds,
         "peak_bytes": peak_bytes(compiled_step),
         "resolved": {name: getattr(model, name) for name in DEVICE_KNOBS},
-        **provenance.summary(setup.mesh.size),
+        **history.made_by,
         "protocol": setup.validation.protocol,
     }

@@ -10,6 +10,7 @@ import jax
 
 from pcagpt.errors import UserError
 from pcagpt.json_files import check_fields
+from pcagpt.rows import Provenance
 from pcagpt.run import provenance
 from pcagpt.telemetry.metrics import Telemetry
 from pcagpt.telemetry.progress import Progress
@@ -26,6 +27,7 @@ class History:
     timed_tokens: int = 0  # of timed steps: no compiling, evaluating or saving
     timed_seconds: float = 0.0
     seconds: float = 0.0  # wall-clock, of everything
+    made_by: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # provenance
 
     @classmethod
     def of(cls, stored: Any) -> "History":
@@ -35,10 +37,10 @@ class History:
         """
         number = (int, float, None)
         fields = {field.name: number for field in dataclasses.fields(cls)}
-        fields["curve"] = (list, None)
+        fields |= {"curve": (list, None), "made_by": (Provenance, None)}
         check_fields(stored, fields, "the history of the checkpoint", "delete it")
         known = {name: stored[name] for name in fields if stored.get(name) is not None}
-        return cls(**{"curve": None} | known)
+        return cls(**{"curve": None, "made_by": provenance.UNKNOWN} | known)
 
     def add(self, tokens: int, loss: float) -> None:
         """Adds an evaluation after `tokens` training tokens, unless it is there."""
