@@ -1,5 +1,8 @@
 """Recipes, candidates, and the search for a table that fits a bound."""
 
+import dataclasses
+import math
+
 import numpy as np
 import pytest
 
@@ -217,7 +220,7 @@ def world(
         loss = gain * (recipe.budget / UNIT) ** -exponent
         if recipe.method == "baseline":
             loss = rounding * 2 ** (32 - recipe.bits)
-        wte = np.empty((1, recipe.budget - 3), np.int8)
+        wte = np.zeros((1, recipe.budget - 3), np.int8)
         stored = FactorizedTable.of_one_band(BandFactors(wte, None))
         size = recipe.budget * recipe.bits // 8
         if recipe.method in (CODED, PACKED):
@@ -270,6 +273,23 @@ def test_a_bound_of_any_size_is_met_in_a_few_steps(bound):
     fit_module.search(value, bound, (1e3, 1e7, 1e9), -1.2, 0.1, 6)
     assert 0.9 * bound <= values[-1] <= bound
     assert len(values) <= 4
+
+
+def test_a_table_that_several_budgets_give_is_measured_and_listed_once():
+    fit, budgets = world(methods=(CODED,), table=(4000, 3000), estimate=9.0), []
+    make, measure, measured = fit._make, fit._measure, []
+
+    def make_of_few_sizes(recipe):
+        budgets.append(recipe.budget)
+        return make(
+            dataclasses.replace(recipe, budget=4 ** round(math.log(recipe.budget, 4)))
+        )
+
+    fit._make = make_of_few_sizes
+    fit._measure = lambda made: measured.append(made) or measure(made)
+    fit.within_loss(0.001)
+    sizes = [trial.candidate.bytes for trial in fit.trials]
+    assert len(sizes) == len(set(sizes)) == len(measured) < len(budgets)
 
 
 def test_a_coded_file_is_searched_by_its_bytes():

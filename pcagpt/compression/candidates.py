@@ -84,6 +84,13 @@ class Candidate:
         """Hash of its factors or codes."""
         return (self.codes or self.table).sha256
 
+    def is_same_table(self, other: "Candidate") -> bool:
+        """Whether both are stored in the same way, and hold the same numbers."""
+        mine, its = (
+            (one.recipe.method, one.recipe.bits, one.bytes) for one in (self, other)
+        )
+        return mine == its and np.array_equal(self.dense, other.dense)
+
     @property
     def note(self) -> str:
         """A line about bytes that codes leave unused, because none are finer."""

@@ -176,6 +176,10 @@ class Fit:
         return min(found, key=lambda made: sum(made.second_order), default=None)
 
     def _try(self, candidate: Candidate) -> Trial:
+        """Measures a candidate, unless the same table was tried for another budget."""
+        for trial in self.trials:
+            if trial.candidate.is_same_table(candidate):
+                return trial
         regression = LossRegression(
             (t.candidate.recipe.method, t.candidate.second_order, t.scores.added_loss)
             for t in self.trials
