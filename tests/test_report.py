@@ -308,6 +308,10 @@ def test_seeds_are_paired_and_shown_with_their_interval(tmp_path):
     # The added loss is over the baseline of the same seed.
     added = [row["added_loss"] for row in results["rows"] if row["letter"] == "B"]
     assert added == pytest.approx([0.02] * 3)
+    for model in means_over_seeds(results["rows"]):
+        if model["letter"] != "A":  # Its file is changed.
+            mean = math.exp(model["val_loss"])
+            assert model["perplexity"] == pytest.approx(mean, rel=1e-9)
     text = markdown_of(results)
     half = 4.302653 * SEED_STEP / math.sqrt(3)
     assert cells_of(text, "| Arm", "| **B**")["Loss"] == f"3.145 ± {half:.3f}"
@@ -582,6 +586,24 @@ def test_foreign_text_stays_text(tmp_path):
     assert html.unescape(box.replace("<br>", "\n")).endswith(lines.rstrip())
     files = page.split('<h2 id="files">')[1]
     assert files.count("<td") == 8  # one run
+
+
+def test_control_characters_of_texts_are_shown_as_such(tmp_path):
+    raw = "a\0b\x1b[31mc\x1ed\x85e\u202ef\r\ng\th"
+    seen = r"a\x00b\x1b[31mc\x1ed\x85e\u202ef"
+    run = write_run(tmp_path, "baseline")
+    results = collect_results(tmp_path, [run], FACTORS, f"{raw} --command")
+    results["corpus"]["name"] = raw
+    results["samples"] = [
+        {"prompt": raw, "seed": 1, "temperature": 1.0, "texts": {"D": raw}}
+    ]
+    write_report(tmp_path, results)
+    for name, count in (("report.md", 5), ("report.html", 5)):
+        text = (tmp_path / name).read_text("utf-8")
+        shown = without_scripts(text) if name == "report.html" else text
+        shown = html.unescape(shown)
+        assert not set(shown) & set("\0\x1b\x1e\x85\u202e\r")
+        assert shown.count(seen) == count, name
 
 
 def test_a_second_report_replaces_the_first(tmp_path):

@@ -89,10 +89,10 @@ def means_over_seeds(
 ) -> list[dict[str, Any]]:
     """Makes one entry for each arm and rank, in the order of the rows.
 
-    Numbers are means over seeds. `half` and `added_half` are half the intervals of the
-    loss and of the added loss: over seeds, or over evaluation windows with one seed.
-    Older results have the second one only in the comparisons with D, and no losses by
-    frequency decile.
+    Numbers are means over seeds; a perplexity is exp of the mean loss. `half` and
+    `added_half` are half the intervals of the loss and of the added loss: over seeds,
+    or over evaluation windows with one seed. Older results have the second one only in
+    the comparisons with D, and no losses by frequency decile.
     """
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
@@ -111,6 +111,8 @@ def means_over_seeds(
             for name, values in columns.items()
             if all(type(value) in (int, float) for value in values)
         }
+        for name in {"perplexity", "word_perplexity"} & model.keys():
+            model[name] = float(np.exp(np.mean(np.log(columns[name]))))
         for name in ("val_loss_by_decile", "added_loss_by_decile"):
             if all(lists := columns.get(name, [None])):
                 model[name] = list(map(_mean, zip(*lists, strict=True)))

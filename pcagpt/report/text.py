@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 MINUS, NOTHING = "−", "–"  # NOTHING replaces a number that was not measured.
+# They garble a page, or end a line in some programs. Bidirectional ones reorder it.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _MARKUP = str.maketrans({mark: f"&#{ord(mark)};" for mark in "*`[]{}|\\#!~$"})
 
 
@@ -86,25 +88,38 @@ def duration(seconds: float | None) -> str:
     return str(datetime.timedelta(seconds=round(seconds))) if seconds else NOTHING
 
 
+def visible(text: str) -> str:
+    r"""Text with its control characters but tabs and line ends as \x00 or \u202e."""
+
+    def escape(found: re.Match) -> str:
+        return found[0].encode("unicode_escape").decode()
+
+    return _CONTROL.sub(escape, text.replace("\r\n", "\n"))
+
+
 def escaped(value: object) -> str:
     """Text in one line, with all markup of markdown and HTML escaped."""
     if isinstance(value, Markdown):
         return value
-    text = html.escape(" ".join(str(value).split()), quote=False).translate(_MARKUP)
+    text = html.escape(_in_one_line(value), quote=False).translate(_MARKUP)
     # An underscore within a word is not markup.
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", "&#95;", text)
 
 
 def code(value: object) -> Markdown:
     """Text in the typeface of code; safe in a table."""
-    text = " ".join(str(value).split())
+    text = _in_one_line(value)
     is_plain = re.fullmatch(r"[\w./:=,+@ -]+", text)
     return Markdown(f"`{text}`" if is_plain else f"<code>{escaped(text)}</code>")
 
 
 def command(text: str) -> Markdown:
     """A line of an indented block of code, where markdown has no markup."""
-    return Markdown(" ".join(text.split()))
+    return Markdown(_in_one_line(text))
+
+
+def _in_one_line(value: object) -> str:
+    return " ".join(visible(str(value)).split())
 
 
 def fields(value: object) -> str:
@@ -173,7 +188,7 @@ def side_by_side(sample: dict[str, Any], for_page: bool = False) -> Markdown:
         texts = ((f"**{escaped(n)}**", escaped(t)) for n, t in sample["texts"].items())
         return Markdown(f"{head}\n\n{table(['Model', 'Text'], list(texts), 'll')}")
     boxes = (
-        f"<div><strong>{html.escape(name)}</strong><br>{_one_line(text)}</div>"
+        f"<div><strong>{html.escape(visible(name))}</strong><br>{_one_line(text)}</div>"
         for name, text in sample["texts"].items()
     )
     return Markdown(f'{head}\n\n<div class="samples">{"".join(boxes)}</div>')
@@ -181,7 +196,7 @@ def side_by_side(sample: dict[str, Any], for_page: bool = False) -> Markdown:
 
 def _one_line(text: str) -> str:
     """Text as HTML without line ends, which could end a block of markdown."""
-    return "<br>".join(html.escape(line) for line in text.splitlines())
+    return "<br>".join(html.escape(line) for line in visible(text).splitlines())
 
 
 def render(template: str, for_page: bool = False, **view: Any) -> Markdown:
