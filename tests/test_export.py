@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -283,6 +284,18 @@ def test_the_folder_has_one_table_of_the_real_vocabulary(tmp_path):
     assert f"| token table, as factors | {factors} | {4 * factors:,} |" in card
     plain = run_export(write_run(tmp_path / "plain"), tmp_path)
     assert "saves no memory" not in (plain / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["equal scales", "untied", "bands", "packed"])
+def test_the_card_tells_the_bytes_that_are_written(name, tmp_path):
+    run, form = write_small(name, tmp_path / "run")
+    made = run_export(run, tmp_path / "work", form)
+    card = (made / "README.md").read_text()
+    rows = r"^\| (?:token table, (?!in full)|other).* ([\d,]+) \|$"
+    told = re.findall(rows, card, re.MULTILINE)
+    tensors = load_file(made / "model.safetensors").values()
+    assert len(told) == 2
+    assert sum(int(n.replace(",", "")) for n in told) == sum(t.nbytes for t in tensors)
 
 
 def test_the_card_shows_the_losses_of_this_checkpoint(trained, tmp_path, corpus_folder):

@@ -60,7 +60,7 @@ def write_factored(folder: Path, source: Source) -> None:
         with original.of_extra(source.folder, source.architecture):
             from pcagpt.export.architecture import for_causal_lm
         architecture, tied = for_causal_lm(source)
-    arrays, layout = _parts(table)
+    arrays, layout = parts(table)
     prefix = source.table_name.removesuffix("weight")
     own = {prefix + name: array for name, array in arrays.items()}
     path = folder / hugging_face.WEIGHTS
@@ -130,12 +130,14 @@ def write_npz_files(folder: Path, source: Source) -> None:
     write_json(folder / factor_files.METADATA_FILE, {"files": files})
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
+    """A table as hf-factored stores it."""
+
     arrays: dict[str, np.ndarray]
     layout: dict[str, Any]
 
 
-def _parts(table: ExportedTable | Codes) -> _Parts:
+def parts(table: ExportedTable | Codes) -> Parts:
     """The state of `modeling_pcagpt.CompressedEmbedding`, and `config.table`."""
     arrays = {}
     if isinstance(table, ExportedTable):
@@ -168,7 +170,7 @@ def _parts(table: ExportedTable | Codes) -> _Parts:
         "is_tied": is_tied,
         "has_mean": mean is not None,
     }
-    return _Parts({name: np.asarray(a) for name, a in arrays.items()}, layout)
+    return Parts({name: np.asarray(a) for name, a in arrays.items()}, layout)
 
 
 FORMATS = {

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pcagpt.arms import ARMS
+from pcagpt.export.formats import parts
 from pcagpt.export.source import ExportedTable, Source
 from pcagpt.factorization import FLOAT_BYTES
 from pcagpt.report.text import (
@@ -81,12 +82,12 @@ def _sizes(source: Source) -> str:
     full = record["vocab_size"] * record["model"]["n_embd"]
     if source.coded:
         own = ["coded", NOTHING, count(source.coded.stat().st_size)]
-    elif isinstance(stored, ExportedTable):
-        found = stored.table()
-        values = found.parameters + found.mean_parameters
-        own = ["as factors", count(values), count(FLOAT_BYTES * values)]
     else:
-        own = ["packed", NOTHING, count(stored.memory)]
+        arrays = parts(stored).arrays.values()
+        own = ["packed", NOTHING]
+        if isinstance(stored, ExportedTable):
+            own = ["as factors", count(sum(array.size for array in arrays))]
+        own.append(count(sum(array.nbytes for array in arrays)))
     others = source.tensors.values()
     numbers = sum(array.size for array in others)
     *before, last = _sides(source) or ["token table"]
