@@ -11,7 +11,7 @@ import pytest
 from command_line import CONFIGS, call, refusal
 from runs import changed, snapshot, write_statistics
 
-from pcagpt.compression import table_sweep
+from pcagpt.compression import sweep, table_sweep
 from pcagpt.compression.bare_table import BareTable
 from pcagpt.compression.codes import KINDS
 from pcagpt.config import Settings
@@ -210,6 +210,20 @@ def test_the_best_tables_are_told_on_a_full_disk(table, monkeypatch, name):
     assert (outcome.code, "no space left" in outcome.err) == (2, True)
     assert "best for their bytes" in outcome.out
     assert "energy kept" in outcome.out.splitlines()[-1]
+
+
+def test_a_table_that_was_measured_is_told_if_it_cannot_be_saved(table, monkeypatch):
+    written = []
+
+    def fail(path, _):
+        written.append(path)
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(sweep, "write_json", fail)
+    outcome = call(*asked(table, *QUICK))
+    assert (outcome.code, len(written)) == (2, 1)
+    told = outcome.out.partition("not saved:\n")[2]
+    assert re.match(r"\w+.* numbers in .* bytes, .*\nbands: .*\nrelative error", told)
 
 
 def test_an_interrupted_sweep_makes_only_what_is_missing(table, monkeypatch):

@@ -1,5 +1,6 @@
 """A run that was stopped or killed ends like one that never was."""
 
+import errno
 import os
 import shutil
 import signal
@@ -32,7 +33,8 @@ from pcagpt.factorization import BandFactors, FactorizedTable
 from pcagpt.factorization.factor_files import write_bands
 from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.run import folder, initialise, provenance
-from pcagpt.run.checkpoint import steps
+from pcagpt.run.checkpoint import Checkpoints, steps
+from pcagpt.training import loop
 from pcagpt.training.interrupt import recorded_signals
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -188,6 +190,24 @@ def test_a_result_names_what_each_session_of_the_run_ran_on(tiny_config, monkeyp
     assert result["git_commit"] == "one, two"
     assert result["versions"]["pcagpt"] == "1.0, 1.1, 1.2"
     assert result["device"] == f"{device} 1.0, {device} 1.1, {device} 1.2"
+
+
+@pytest.mark.parametrize(
+    ("place", "name"), [(Checkpoints, "save"), (loop, "write_result")]
+)
+def test_a_loss_is_told_if_it_cannot_be_saved(
+    place, name, tiny_config, straight_dir, resumable, monkeypatch, capsys
+):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run_dir = resumable(3)
+    monkeypatch.setattr(place, name, fail)
+    with pytest.raises(OSError, match="No space left"):
+        execute(tiny_config)
+    loss = folder.read_result(straight_dir)["val_loss"]
+    told = f"{run_dir.name}: val loss {loss:.4f} at step 6"
+    assert told in capsys.readouterr().out
 
 
 def test_lines_logged_after_the_checkpoint_are_dropped_and_logged_again(

@@ -20,7 +20,7 @@ from pcagpt.factorization import (
     SecondOrder,
 )
 from pcagpt.json_files import strict, write_json
-from pcagpt.report import write_sweep_report
+from pcagpt.report import advice_text, write_sweep_report
 from pcagpt.rows import (
     AnyRow,
     Provenance,
@@ -82,7 +82,7 @@ def sweep(
     def report(content: dict[str, Any]) -> Path:
         return write_sweep_report(folder, content)
 
-    tried = measure_each(original, tried, measured, measure, write, report)
+    tried = measure_each(original, tried, measured, measure, write, report, advice_text)
     chosen = models_of(folder, tried) if original.split == "val" else {}
     if not writes:
         return chosen
@@ -138,6 +138,7 @@ def measure_each(
     measure: Callable[[Candidate], AnyRow],
     write: Callable[[list[Recipe]], dict[str, Any]],
     report: Callable[[dict[str, Any]], Any],
+    text: Callable[[AnyRow, tuple[int, int]], str],
 ) -> list[Recipe]:
     """Makes the tables that `measured` lacks, and adds their rows to it.
 
@@ -150,6 +151,7 @@ def measure_each(
       measure: the row of a candidate.
       write: writes the sweep after each row, on the first process; returns its content.
       report: writes the report of this content.
+      text: describes a row for a table [V, D], in case that it cannot be written.
     """
     lacking = [recipe for recipe in tried if recipe not in measured]
     done, writes = len(tried) - len(lacking), jax.process_index() == 0
@@ -174,7 +176,12 @@ def measure_each(
             if writes and candidate.note:
                 print(f"rank {recipe.rank}, {candidate.note}", flush=True)
             if writes:  # After every row: an interrupted sweep resumes here.
-                content = write(tried)
+                try:
+                    content = write(tried)
+                except (OSError, UserError):
+                    row = text(measured[recipe], original.table_VD.shape)
+                    print(f"not saved:\n{row}", flush=True)
+                    raise
                 if number % REPORT_EVERY == 0:
                     report(content)
     return tried

@@ -38,7 +38,7 @@ def sweep_table(
     def report(content: dict[str, Any]) -> Any:
         return write_table_report(output.folder, content)
 
-    tried = measure_each(table, tried, measured, table.row, write, report)
+    tried = measure_each(table, tried, measured, table.row, write, report, table_text)
     every = models_of(output.folder, list(measured))
     for place in sorted(models_of(output.folder, tried)):
         best = min(every[place], key=lambda recipe: measured[recipe].error)

@@ -109,27 +109,29 @@ def train(
                 loss = measured.metrics["loss"]
                 if not math.isfinite(loss):
                     raise NotFinite(step, f"validation loss {loss}", step == 0)
-                tokens = step * setup.tokens_per_step
-                history.add(tokens, loss)
-                telemetry.log(step, tokens, "val", measured.metrics)
-                if sample and is_new:
-                    telemetry.text("sample", sample(state.variables), step)
+            with _telling_loss(run_dir.name, step, measured):
+                if measured:
+                    tokens = step * setup.tokens_per_step
+                    history.add(tokens, loss)
+                    telemetry.log(step, tokens, "val", measured.metrics)
+                    if sample and is_new:
+                        telemetry.text("sample", sample(state.variables), step)
 
-            # Step 0 is not saved: the same seed makes the same state again.
-            save_is_due = is_last or stopping or step % settings.checkpoint.every == 0
-            if is_new and step > 0 and save_is_due:
-                meter.flush()
-                history.seconds = seconds_before + time.monotonic() - began
-                telemetry.flush()  # A killed run goes on from here, and logs no more.
-                if jax.process_index() == 0:
-                    with _counting_lost_steps(step, checkpoints.latest_step):
-                        check_place()
-                checkpoints.save(
-                    step,
-                    state.checkpoint_items,
-                    {"history": dataclasses.asdict(history), "config": record},
-                    measured.metrics["loss"] if measured else None,
-                )
+                # Step 0 is not saved: the same seed makes the same state again.
+                is_due = is_last or stopping or step % settings.checkpoint.every == 0
+                if is_new and step > 0 and is_due:
+                    meter.flush()
+                    history.seconds = seconds_before + time.monotonic() - began
+                    telemetry.flush()  # A killed run goes on from here, logs no more.
+                    if jax.process_index() == 0:
+                        with _counting_lost_steps(step, checkpoints.latest_step):
+                            check_place()
+                    checkpoints.save(
+                        step,
+                        state.checkpoint_items,
+                        {"history": dataclasses.asdict(history), "config": record},
+                        measured.metrics["loss"] if measured else None,
+                    )
             if is_last:
                 break
             if stopping:
@@ -147,15 +149,16 @@ def train(
             state, metrics = compiled_step(state, setup.batch(step), teacher)
             meter.hold(step + 1, metrics)
 
-        checkpoints.wait()
-        result = _result(setup, run_dir, record, measured, history, compiled_step)
-        numbers = {k: v for k, v in result.items() if isinstance(v, (int, float))}
-        telemetry.end(last_step, numbers)
-        if jax.process_index() == 0:
-            check_place()
-            weights = digests.of_weights(checkpoint.folder_of(run_dir, last_step))
-            result = {**result, WEIGHTS_HASH: weights}
-            write_result(run_dir, result, measured.window_losses)
+        with _telling_loss(run_dir.name, last_step, measured):
+            checkpoints.wait()
+            result = _result(setup, run_dir, record, measured, history, compiled_step)
+            numbers = {k: v for k, v in result.items() if isinstance(v, (int, float))}
+            telemetry.end(last_step, numbers)
+            if jax.process_index() == 0:
+                check_place()
+                weights = digests.of_weights(checkpoint.folder_of(run_dir, last_step))
+                result = {**result, WEIGHTS_HASH: weights}
+                write_result(run_dir, result, measured.window_losses)
         # What comes after this run must not start.
         if number := stop.agreed():
             raise Interrupted(
@@ -258,6 +261,18 @@ def _counting_lost_steps(step: int, saved: int | None) -> Iterator[None]:
         raise UserError(
             f"{error}; the {step - (saved or 0):,} steps since {since} are not saved"
         ) from None
+
+
+@contextlib.contextmanager
+def _telling_loss(run: str, step: int, measured: Evaluation | None) -> Iterator[None]:
+    """A loss that an error in this context may keep from every file is printed."""
+    try:
+        yield
+    except Exception:
+        if measured and jax.process_index() == 0:
+            loss = measured.metrics["loss"]
+            print(f"{run}: val loss {loss:.4f} at step {step}", flush=True)
+        raise
 
 
 def _telemetry(
