@@ -403,7 +403,16 @@ def test_corpora_of_one_name_have_files_of_their_own(asked, tmp_path, said):
     assert evaluate(config)["is_own_corpus"]
     lines = [line for line in said() if "another" in line]
     assert len(lines) == 2
-    assert "is another corpus than the one that " in lines[0]
+    for number, line in enumerate(lines, 1):
+        place = tmp_path / str(number) / "corpus"
+        assert f"{place} is another corpus than the one that " in line
+
+
+def test_another_corpus_is_named_as_the_person_named_it(asked, tmp_path, said):
+    """Its tokens may be in a cache folder."""
+    corpus = open_corpus(write_corpus(tmp_path / "cache", vocab_size=41), tmp_path)
+    Run.open(asked().model_path).check_corpus(corpus, "my text")
+    assert any(" my text is another corpus than the one" in f" {s}" for s in said())
 
 
 def test_each_compute_dtype_has_a_file_of_its_own(asked):

@@ -30,6 +30,7 @@ from pcagpt.config.schema import DistillSettings
 from pcagpt.errors import Interrupted, UserError
 from pcagpt.json_files import write_json
 from pcagpt.pipeline.plan import make_plan
+from pcagpt.pipeline.train_job import TrainJob
 from pcagpt.run import checkpoint, folder
 from pcagpt.run.trained import Run
 
@@ -170,10 +171,43 @@ def test_weights_made_elsewhere_are_trained_and_identified_by_their_hash(
     checkpoint.save_weights(moved, weights)
     with pytest.raises(
         UserError,
-        match=r"is now another model than the one that .* "
+        match=r"is another model than the one that .* "
         r"started from: imported_sha256\.weights_from \(was",
     ):
         job(again).status()
+
+
+def test_another_start_of_the_same_name_is_named_with_the_one_of_the_run(
+    sources, recover, tmp_path
+):
+    source = elsewhere(sources["banded"], tmp_path / "best")
+    execute(recover(source))
+    (tmp_path / "other").mkdir()
+    other = elsewhere(sources["banded"], tmp_path / "other" / "best")
+    weights = Run.open(other).weights
+    weights["params"]["wpe"] = weights["params"]["wpe"] + 1
+    shutil.rmtree(other / "ckpt")
+    checkpoint.save_weights(other, weights)
+    with pytest.raises(UserError) as caught:
+        job(recover(other)).status()
+    assert str(caught.value).startswith(f"{other} is another model than the one that ")
+    assert f" started from (that one is {source}): imported_sha256" in str(caught.value)
+
+
+def test_a_start_that_is_removed_while_it_is_checked_is_named(
+    sources, recover, tmp_path, monkeypatch
+):
+    source = elsewhere(sources["banded"], tmp_path / "best")
+    check = TrainJob.check
+
+    def remove(self, missing):
+        shutil.rmtree(source)
+        return check(self, missing)
+
+    monkeypatch.setattr(TrainJob, "check", remove)
+    assert refusal(recover(source)).startswith(
+        f"{source} was removed while this command ran: restore it, or run the same"
+    )
 
 
 def test_a_start_that_was_moved_aside_is_named(sources, recover, tmp_path, capsys):
@@ -187,7 +221,7 @@ def test_a_start_that_was_moved_aside_is_named(sources, recover, tmp_path, capsy
     weights["params"]["wpe"] = weights["params"]["wpe"] + 1
     shutil.rmtree(source / "ckpt")
     checkpoint.save_weights(source, weights)
-    named = rf"started from \(that one was moved to {kept.name}\): imported_sha256"
+    named = rf"started from \(that one is {kept}\): imported_sha256"
     with pytest.raises(UserError, match=named):
         job(config).status()
 

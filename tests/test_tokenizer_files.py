@@ -917,13 +917,13 @@ def test_tokens_for_unknown_text_are_counted_once(model, place, caplog):
     file = write_whole(place / "tokenizer.json", model, **parts)
     (place / "text/val.txt").write_text("a é b a")
     (place / "text/train.txt").write_text("a b a b")
-    said = "1 of the 4 tokens in the val split of text stand for text"
+    said = "tokens of text stand for text that "
     for _ in range(2):  # Also if the text was tokenized before.
         warn_once.cache_clear()
         caplog.clear()
         corpus = open_corpus("text", place / "cache", file)
         (line,) = [line for line in caplog.messages if "stand for" in line]
-        assert line.startswith(said)
+        assert line.startswith(said) and "(1 of the 4 in val): a loss" in line
     unknown = corpus.tokens("val")[:][1]
     assert unknown == vocabulary.load(file).unknown
     assert corpus.unknown == {"train": 0, "val": 1}
@@ -947,9 +947,20 @@ def test_ends_of_documents_without_a_token_are_counted(train, count, place, capl
         corpus = open_corpus("text", place / "cache", file)
         assert corpus.unended == {"train": count, "val": 0}
         lines = [line for line in caplog.messages if "ends of documents" in line]
-        assert [line.split(" in the ")[0] for line in lines] == (
-            [f"{count} ends of documents"] if count else []
-        )
+        said = f"ends of documents of text have no token ({count} in train), because"
+        assert [line.partition(" nothing")[0] for line in lines] == [said] * (count > 0)
+
+
+def test_what_lacks_a_token_in_several_splits_is_told_in_one_line(place, caplog):
+    parts = {"pre_tokenizer": {"type": "WhitespaceSplit"}}
+    file = write_whole(place / "tokenizer.json", WORDS | {"type": "WordLevel"}, **parts)
+    (place / "text/train.txt").write_text("a é b <|endoftext|> é")
+    (place / "text/val.txt").write_text("é <|endoftext|> b")
+    open_corpus("text", place / "cache", file)
+    told = [line for line in caplog.messages if " token" in line]
+    assert len(told) == 2
+    assert "(1 in train, 1 in val), because" in told[0]
+    assert re.search(r"\(\d of the \d+ in train, \d of the \d+ in val\): a", told[1])
 
 
 def test_a_text_with_a_character_without_a_token_is_not_tokenized(folder, place):

@@ -413,23 +413,26 @@ def _told(corpus: Corpus) -> Corpus:
     Others count the tokens for unknown text, and the ends of documents without a
     token, if pcagpt tokenized it.
     """
-    for split, count in corpus.unended.items():
-        if count:
-            warn_once(
-                f"{count:,} ends of documents in the {split} split of {corpus.name} "
-                f"have no token, because nothing names the end of text of "
-                f"{corpus.tokenizer}: documents are not separated, and {END_OF_TEXT} "
-                'is read as letters; name it as "eos_token" in a tokenizer_config.json '
-                "beside that file"
-            )
-    for split, count in corpus.unknown.items():
-        if count:
-            warn_once(
-                f"{count:,} of the {corpus.counts.get(split, 0):,} tokens in the "
-                f"{split} split of {corpus.name} stand for text that "
-                f"{corpus.tokenizer} has no token for: a loss does not tell how well "
-                "such text is predicted"
-            )
+    unended = {split: f"{n:,}" for split, n in corpus.unended.items() if n}
+    unknown = {
+        split: f"{count:,} of the {corpus.counts.get(split, 0):,}"
+        for split, count in corpus.unknown.items()
+        if count
+    }
+    if unended:
+        warn_once(
+            f"ends of documents of {corpus.name} have no token "
+            f"({_by_split(unended)}), because nothing names the end of text of "
+            f"{corpus.tokenizer}: documents are not separated, and {END_OF_TEXT} "
+            'is read as letters; name it as "eos_token" in a tokenizer_config.json '
+            "beside that file"
+        )
+    if unknown:
+        warn_once(
+            f"tokens of {corpus.name} stand for text that {corpus.tokenizer} has no "
+            f"token for ({_by_split(unknown)}): a loss does not tell how well such "
+            "text is predicted"
+        )
     for split in {*corpus.splits} & {"val", "test"}:
         files = (corpus.folder / f"{name}.bin" for name in ("train", split))
         # An error of the system is told where the files are read.
@@ -441,6 +444,11 @@ def _told(corpus: Corpus) -> Corpus:
                     "other text: give another file for it"
                 )
     return corpus
+
+
+def _by_split(numbers: Mapping[str, str]) -> str:
+    """{'train': '3', 'val': '1'} → '3 in train, 1 in val'."""
+    return ", ".join(f"{number} in {split}" for split, number in numbers.items())
 
 
 def _find(

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -113,9 +113,11 @@ def execute(plan: Plan, command: str) -> None:
     say(*describe(needed))
     missing: set[Path] = set()  # folders
     setups: dict[Job, Setup | None] = {}  # of the jobs to run
+    there = {path for job in needed for path in job.sources if path.exists()}
     for job, status in needed.items():
         if status.kind != Kind.DONE or job.sources & missing:
-            setups[job] = job.check(set(missing))
+            with _naming_removed(job, there):
+                setups[job] = job.check(set(missing))
             missing.add(job.folder)
     for job, status in needed.items():
         # New runs are compared with finished ones: both must have the same tokens.
@@ -129,17 +131,12 @@ def execute(plan: Plan, command: str) -> None:
     is_new = bool(setups)
     if is_new:
         processes.from_first(lambda: show_plan(plan.settings, setups, command))
-    there: set[Path] = set()
     for job in list(setups):
         processes.from_first(partial(_check_sources, job, there))
         there |= {path for one in setups for path in one.sources if path.exists()}
-        try:
+        with _naming_removed(job, there):
             # `pop` lets go of what one job holds before the next one begins.
             job.run(setups.pop(job), command)
-        except Exception:
-            if job.folder.parent.exists():  # A job tells that its own place is gone.
-                _check_sources(job, there)
-            raise
         there.add(job.folder)
     # Another command may have replaced what is told or reported now.
     for job, (kind, _) in check(plan).items():
@@ -152,6 +149,21 @@ def execute(plan: Plan, command: str) -> None:
         processes.from_first(lambda: _report(plan, is_new, command))
     else:
         say(*(line for job in needed if job.is_target for line in job.found()))
+
+
+@contextlib.contextmanager
+def _naming_removed(job: Job, there: set[Path]) -> Iterator[None]:
+    """An error in this context becomes that of `_check_sources`, if that is the cause.
+
+    A job tells itself that its own place is gone.
+    """
+    is_new = not job.folder.parent.exists()
+    try:
+        yield
+    except Exception:
+        if is_new or job.folder.parent.exists():
+            _check_sources(job, there)
+        raise
 
 
 def _check_sources(job: Job, there: set[Path]) -> None:

@@ -204,8 +204,8 @@ class TrainJob(Job):
             how = f"{self.folder} was trained with another config"
             if all("imported_sha256.weights_from" in field for field in changed):
                 how = (
-                    f"{self.settings.init.weights_from} is now another model than the "
-                    f"one that {self.folder} started from{self._moved_source(there)}"
+                    f"{self.settings.init.weights_from} is another model than the one "
+                    f"that {self.folder} started from{self._moved_source(there)}"
                 )
             return f"{how}: {'; '.join(changed)}"
         if there.saved and not there.result and (dtype := self._other_dtype(there)):
@@ -236,13 +236,15 @@ class TrainJob(Job):
         return "".join(differences(of_run, here, [name]))
 
     def _moved_source(self, there: FolderState) -> str:
-        """' (that one was moved to NAME)' if the run's start is still there."""
+        """' (that one is PATH)' if the run's start is where it was, or beside it."""
         source = checkpoint.find(self.settings.init.weights_from)[0].resolve()
         recorded = (there.stored.get("imported_sha256") or {}).get("weights_from")
-        for kept in sorted(source.parent.glob(f"{source.name}.replaced-*")):
+        named = (there.stored.get("init") or {}).get("weights_from")
+        moved = sorted(source.parent.glob(f"{source.name}.replaced-*"))
+        for kept in [*([named] if named else []), *moved]:
             with contextlib.suppress(UserError):
                 if fingerprint.same(kept, recorded):
-                    return f" (that one was moved to {kept.name})"
+                    return f" (that one is {kept})"
         return ""
 
     def _changed(self, there: FolderState) -> list[str]:

@@ -292,7 +292,7 @@ class Run:
                 f"{corpus.older_tokens(self.record, own_cache)}: restore it, or name a "
                 "corpus as --config.data.source"
             )
-        self.check_corpus(corpus, splits)
+        self.check_corpus(corpus, data.source, splits)
         return self.tokens.within_rows(corpus, splits)
 
     def is_own(self, corpus: Corpus, splits: Collection[str] = ()) -> bool | None:
@@ -303,11 +303,13 @@ class Run:
         differing = corpus.changed_parts(self.record, {*TRAINING_PARTS, *splits})
         return None if differing is None else not differing
 
-    def check_corpus(self, corpus: Corpus, splits: Collection[str] = ()) -> None:
+    def check_corpus(
+        self, corpus: Corpus, source: str, splits: Collection[str] = ()
+    ) -> None:
         """Raises UserError if the corpus has unknown ids, or another tokenizer.
 
-        Warns if the training parts or `splits` differ from those of the run's own
-        corpus.
+        `source` is what the person calls it. Warns if the training parts or `splits`
+        differ from those of the run's own corpus.
         """
         self.tokens.check(corpus)
         differing = corpus.changed_parts(self.record, {*TRAINING_PARTS, *splits}) or []
@@ -315,7 +317,7 @@ class Run:
             raise self.tokens.other_numbering(corpus)
         if differing and jax.process_index() == 0:
             warn_once(
-                f"{corpus.folder} is another corpus than the one that {self.folder} "
+                f"{source} is another corpus than the one that {self.folder} "
                 "was trained on"
             )
 

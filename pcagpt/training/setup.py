@@ -77,7 +77,7 @@ class Setup:
         if source := init.weights_from or init.blocks_from or settings.model_path:
             start = Run.open(source)
             start.tokens.check_is_told(corpus, settings.data.tokenizer)
-            start.check_corpus(corpus)
+            start.check_corpus(corpus, settings.data.source)
             kept = start.record.get(generation_files.FIELD)
         # Only a warning: controls may mix models.
         mixed = processes.from_first(lambda: initialise.mixed_origins(settings.init))
@@ -149,7 +149,7 @@ class Setup:
             return None
         run = Run.open(path)
         run.tokens.check_is_told(self.corpus, self.settings.data.tokenizer)
-        run.check_corpus(self.corpus)
+        run.check_corpus(self.corpus, self.settings.data.source)
         init = self.settings.init
         runs = (init.weights_from or self.settings.model_path, init.blocks_from)
         starts = [Run.open(start).tokens for start in runs if start]
