@@ -252,6 +252,20 @@ def test_a_run_can_resume_with_other_device_knobs_and_records_them(
     assert job(tiny_config).status().words == "done"
 
 
+def test_a_result_names_the_kernels_of_all_sessions(tiny_config, monkeypatch):
+    stop(tiny_config, 3)
+    of, seen = loop.History.of, []
+
+    def of_a_gpu(stored):
+        seen.append(stored["resolved"]["kernels"])
+        return of(stored | {"resolved": stored["resolved"] | {"kernels": "triton"}})
+
+    monkeypatch.setattr(loop.History, "of", of_a_gpu)
+    resolved = folder.read_result(execute(tiny_config))["resolved"]
+    assert seen == ["xla"]
+    assert (resolved["kernels"], resolved["attention"]) == ("triton, xla", "xla")
+
+
 def test_a_run_goes_on_in_no_other_compute_dtype(tiny_config, resumable):
     run_dir = resumable(3)
     assert folder.read_record(run_dir)["model"]["compute_dtype"] == "float32"

@@ -53,16 +53,16 @@ def joined(makers: Iterable[Mapping[str, Any]]) -> Provenance:
     made_by = list(makers)
     versions = [maker.get("versions") or {} for maker in made_by]
     return {
-        "device": _distinct(maker.get("device") for maker in made_by),
+        "device": distinct(maker.get("device") for maker in made_by),
         "versions": {
-            name: _distinct(known.get(name) for known in versions)
+            name: distinct(known.get(name) for known in versions)
             for name in dict.fromkeys(itertools.chain(*versions))
         },
-        "git_commit": _distinct(maker.get("git_commit") for maker in made_by),
+        "git_commit": distinct(maker.get("git_commit") for maker in made_by),
     }
 
 
-def _distinct(values: Iterable[str | None]) -> str | None:
+def distinct(values: Iterable[str | None]) -> str | None:
     """The distinct parts of values as in 'A, B', joined; None if all are empty."""
     parts = (part for value in values if value for part in value.split(", "))
     return ", ".join(dict.fromkeys(parts)) or None

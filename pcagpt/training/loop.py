@@ -76,6 +76,12 @@ def train(
         resumed_at = checkpoints.latest_step  # None: the run is new
         makers = history.made_by, provenance.summary(setup.mesh.size)
         history.made_by = provenance.joined(makers)
+        history.resolved = {
+            name: provenance.distinct(
+                (history.resolved.get(name), getattr(setup.model.config, name))
+            )
+            for name in DEVICE_KNOBS
+        }
         first_step, seconds_before = int(state.step), history.seconds
         telemetry = stack.enter_context(
             _telemetry(setup, run_dir, record, command, resumed_at, check_lock)
@@ -342,7 +348,7 @@ def _result(
         "tokens_per_second": history.tokens_per_second,
         "seconds": history.seconds,
         "peak_bytes": peak_bytes(compiled_step),
-        "resolved": {name: getattr(model, name) for name in DEVICE_KNOBS},
+        "resolved": history.resolved,
         **history.made_by,
         "protocol": setup.validation.protocol,
     }

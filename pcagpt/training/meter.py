@@ -28,6 +28,9 @@ class History:
     timed_seconds: float = 0.0
     seconds: float = 0.0  # wall-clock, of everything
     made_by: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # provenance
+    resolved: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # device knobs
 
     @classmethod
     def of(cls, stored: Any) -> "History":
@@ -38,6 +41,7 @@ class History:
         number = (int, float, None)
         fields = {field.name: number for field in dataclasses.fields(cls)}
         fields |= {"curve": (list, None), "made_by": (Provenance, None)}
+        fields["resolved"] = (dict[str, str], None)
         check_fields(stored, fields, "the history of the checkpoint", "delete it")
         known = {name: stored[name] for name in fields if stored.get(name) is not None}
         return cls(**{"curve": None, "made_by": provenance.UNKNOWN} | known)
