@@ -117,16 +117,37 @@ def test_no_more_is_drawn_than_the_limit():
         assert not limit or (np.stack(found, axis=1) == whole[:, :limit]).all()
 
 
-def test_a_call_draws_as_many_tokens_as_take_a_tenth_of_a_second(monkeypatch):
-    now = iter([0, 9.0, 9.0, 9.04, 9.04, 9.08, 9.08, 9.14, 9.14, 9.3, 9.3, 9.31])
+@pytest.mark.parametrize("table", ["full", "bands"])
+def test_tokens_that_a_gpu_draws_unasked_are_the_same(table, monkeypatch):
+    model, variables = model_of(table)
+    asked = {"count": 30, "samples": 2, "seed": 3}
+    wanted = drawn(model, variables, [5, 96], **asked)
+    monkeypatch.setattr(generation, "LEAST_CAPACITY", 4)  # Then the cache grows.
+    for unasked in (3, 8):  # Neither divides the numbers of tokens that fit.
+        monkeypatch.setattr(generation, "_tokens_unasked", lambda n=unasked: n)
+        found = drawn(model, variables, [5, 96], **asked)
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("unit", "counts"), [(1, [1, 2, 64, 1, 32, 250]), (8, [8, 8, 248, 1, 32, 248])]
+)
+def test_a_call_draws_as_many_tokens_as_take_a_tenth_of_a_second(
+    monkeypatch, unit, counts
+):
+    # The first calls compile; the fourth is short, because the text ends.
+    seconds = 9.0, {1: 0.05, 8: 0.4}[unit], counts[1] / 2500, counts[2] / 2500
+    seconds += 0.001, 32 / 2500
+    now = itertools.chain.from_iterable((0.0, s) for s in seconds)
     monkeypatch.setattr(generation.time, "monotonic", lambda: next(now))
-    pace, asked = generation._Pace(), []
-    for most in (100, 100, 100, 100, 100, 1):
+    pace, asked = generation._Pace(unit), []
+    with pace:  # The prompt
+        pass
+    for most in (300, 300, 300, 1, 300):
         asked.append(pace.tokens(most))
         with pace:
             pass
-    assert asked == [1, 1, 2, 4, 4, 1]  # The first call compiles.
-    assert pace.tokens(100) == 2
+    assert [*asked, pace.tokens(300)] == counts
 
 
 # A window has 8 tokens; the prompt has 1 to 11.

@@ -20,7 +20,7 @@ from pcagpt.model.next_token import next_hidden
 BATCH_BYTES, BATCH_SAMPLES = 2**32, 512
 # The device draws many tokens in one call, so that it never waits for the host. A call
 # takes about this many seconds. Text appears after each call, and Ctrl-C waits for it.
-CALL_SECONDS, CALL_TOKENS, CALL_GROWTH = 0.1, 256, 16
+CALL_SECONDS, CALL_TOKENS, CALL_GROWTH = 0.1, 256, 32
 # A GPU draws this many tokens before it asks the host whether to go on.
 TOKENS_UNASKED = 8
 LEAST_CAPACITY = 128  # tokens; a power of 2
@@ -103,10 +103,12 @@ def generate(
     end = known + limit if limit is not None else 2**31 - 1  # int32 counts tokens
     if known < min(length, end):
         capacity = cache_capacity(known, length)
-        window_BT, cache = _read(
-            variables, window_BT, known, key, sampler, capacity, ids
-        )
-        yield np.array(window_BT)[:, known]
+        with pace:  # No device reads a prompt faster than it draws a token.
+            window_BT, cache = _read(
+                variables, window_BT, known, key, sampler, capacity, ids
+            )
+            drawn_BT = np.array(window_BT)
+        yield drawn_BT[:, known]
         known += 1
         while known < min(length, end):
             if known > capacity:
@@ -136,11 +138,12 @@ def generate(
 class _Pace:
     """How many tokens a call draws, so that it takes about CALL_SECONDS.
 
-    At least `unit`, and multiples of it: the device draws as many without asking.
+    unit: the device draws as many without asking, so calls draw multiples of it.
     """
 
-    def __init__(self, unit: int = 1):
-        self._tokens = self._asked = self._unit = unit
+    def __init__(self, unit: int):
+        self._tokens = self._unit = unit
+        self._asked = 1
 
     def tokens(self, most: int) -> int:
         """The tokens of the next call, at most `most`."""
@@ -222,10 +225,10 @@ def _read_next(
         return window_BT.at[:, known].set(drawn_B), cache
 
     def draw_some(turn, carry):
+        first = known + turn * unasked
+
         def draw(place, carry):
-            return draw_next(
-                jnp.minimum(known + turn * unasked + place, end - 1), carry
-            )
+            return draw_next(jnp.minimum(first + place, end - 1), carry)
 
         return jax.lax.fori_loop(0, unasked, draw, carry)
 
