@@ -105,7 +105,7 @@ def _cut_rows(run: tuple[int, int], place: Place) -> Iterator[tuple[int, int, in
     border of the tensor have none, and are left out.
     """
     (first, last), (shape, start, stop) = run, place
-    if len(shape) < 2 or last <= start or stop <= first:
+    if len(shape) < 2 or last <= start or stop <= first or start == stop:
         return
     size = (stop - start) // math.prod(shape[:-1])
     before, after = (first - start) % size, (last - start) % size
