@@ -26,7 +26,7 @@ from pcagpt.pipeline.plan import make_plan
 from pcagpt.run import checkpoint, digests, fingerprint, foreign, hugging_face
 from pcagpt.run.folder import read_record, write_record
 from pcagpt.run.trained import Run
-from pcagpt.run.unfilled import Place, refuse_unfilled
+from pcagpt.unfilled import Place, refuse_unfilled
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from pcagpt.errors import UserError
+from pcagpt.factorization import factor_files
 from pcagpt.run import hugging_face, nano_gpt
-from pcagpt.run.unfilled import Place, refuse_holes, refuse_unfilled
+from pcagpt.unfilled import Place, refuse_holes, refuse_unfilled
 
 HOLE = "bytes of zeros that begin or end within a row of .*: download it again"
 MANY, WIDE = 3000, 768  # of a matrix with rows of 3 KiB
@@ -140,6 +141,23 @@ def test_a_hole_in_a_checkpoint_without_sums_is_refused(tmp_path):
     punch(folder / "ckpt.pt")
     with pytest.raises(UserError, match=f"ckpt.pt has .*{HOLE}"):
         nano_gpt.record_of(folder)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_hole_in_a_table_alone_is_refused(order, tmp_path):
+    path = tmp_path / "table.npy"
+    table = np.asarray(random(MANY, WIDE), order=order)
+    np.save(path, table)
+    np.testing.assert_array_equal(factor_files.read_table(path), table)
+    punch(path)
+    with pytest.raises(UserError, match=f"table.npy has 131,.*{HOLE}"):
+        factor_files.read_table(path)
+    np.save(path, table)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+        file.truncate(table.nbytes + 128)  # NumPy's header has 128 bytes.
+    with pytest.raises(UserError, match=r"ends in .* of zeros.*download it again"):
+        factor_files.read_table(path)
 
 
 @pytest.mark.parametrize("begin", [500.5, 501])

@@ -24,7 +24,7 @@ from pcagpt.data import gguf_header
 from pcagpt.errors import OF_NO_FILE, UserError, reason_of, warn_once
 from pcagpt.run import hugging_face
 from pcagpt.run.gpt2_names import are_equal
-from pcagpt.run.unfilled import Place, refuse_unfilled
+from pcagpt.unfilled import Place, refuse_unfilled
 
 # What programs store although it follows from config.json, such as causal masks.
 _BUFFERS = re.compile(

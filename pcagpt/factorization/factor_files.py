@@ -24,6 +24,7 @@ from pcagpt.factorization.table import BandFactors, FactorizedTable
 from pcagpt.file_hashes import check_digests, digests_of, sha256_of_file
 from pcagpt.files import open_file
 from pcagpt.json_files import check_fields, read_json, write_json
+from pcagpt.unfilled import Place, refuse_unfilled
 
 SMALLEST = 1e-30  # a table needs a value at least this large
 FOLDER = "pca_factorized"  # in a workdir, with a suffix for some seeds
@@ -315,9 +316,16 @@ def _checked_file(path: Path) -> Path:
 def read_table(path: str | Path) -> np.ndarray:
     """A token table [V, k] as float32, from a .npy file of any origin.
 
-    Raises UserError unless the file holds a finite floating-point matrix.
+    Raises UserError unless the file holds a finite floating-point matrix without a part
+    that was never written.
     """
-    return checked_table(read_npy(_checked_file(Path(path))), str(path))
+    path = _checked_file(Path(path))
+    table_VK = read_npy(path)
+    if table_VK.any():
+        size, in_rows = path.stat().st_size, table_VK.flags.c_contiguous
+        shape = table_VK.shape if in_rows else table_VK.shape[::-1]
+        refuse_unfilled(path, {"its table": Place(shape, size - table_VK.nbytes, size)})
+    return checked_table(table_VK, str(path))
 
 
 def checked_table(table_VK: np.ndarray, what: str) -> np.ndarray:

@@ -28,7 +28,7 @@ from pcagpt.run.gpt2_names import (
     plain_names,
     two_values,
 )
-from pcagpt.run.unfilled import Place, refuse_unfilled
+from pcagpt.unfilled import Place, refuse_unfilled
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"

@@ -22,7 +22,7 @@ from pcagpt.run.gpt2_names import (
     plain_names,
     two_values,
 )
-from pcagpt.run.unfilled import refuse_holes
+from pcagpt.unfilled import refuse_holes
 
 CHECKPOINT = "ckpt.pt"
 _ARGUMENTS = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
