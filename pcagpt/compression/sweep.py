@@ -256,7 +256,8 @@ def set_samples(output: Output, samples: dict[str, Any]) -> None:
         raise removed(path)
     for name in ("samples", "samples_of"):
         content.pop(name, None)
-    content |= samples | provenance.joined((content, output.made_by))
+    if samples:
+        content |= samples | provenance.joined((content, output.made_by))
     write_json(path, content)
     write_sweep_report(output.folder, content)
 

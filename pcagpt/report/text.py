@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 MINUS, NOTHING = "−", "–"  # NOTHING replaces a number that was not measured.
 # They garble a page, or end a line in some programs. Bidirectional ones reorder it.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
 _MARKUP = str.maketrans({mark: f"&#{ord(mark)};" for mark in "*`[]{}|\\#!~$"})
 
 

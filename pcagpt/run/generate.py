@@ -99,10 +99,9 @@ def generate(
     window_BT = jnp.zeros((samples, length), jnp.int32).at[:, : len(prompt)].set(prompt)
     variables = jax.device_put(in_compute_dtype(variables, model))
     known, unasked = len(prompt), _tokens_unasked()
-    pace = _Pace(unasked)
     end = known + limit if limit is not None else 2**31 - 1  # int32 counts tokens
     if known < min(length, end):
-        capacity = cache_capacity(known, length)
+        capacity, pace = cache_capacity(known, length), _Pace(unasked)
         with pace:  # No device reads a prompt faster than it draws a token.
             window_BT, cache = _read(
                 variables, window_BT, known, key, sampler, capacity, ids
@@ -117,13 +116,14 @@ def generate(
             count = pace.tokens(min(capacity + 1, length, end) - known)
             with pace:
                 window_BT, cache = _read_next(
-                    *(variables, window_BT, cache, known, known + count, key, sampler),
-                    *(ids, unasked),
-                )
+                    variables, window_BT, cache, known, known + count, key, sampler,
+                    ids, unasked,
+                )  # fmt: skip
                 drawn_BT = np.array(window_BT)[:, known : known + count]
             yield from drawn_BT.T
             known += count
         del cache  # frees its memory for the rest of the loop
+    pace = _Pace(1)
     while known < end:
         count = pace.tokens(min(length, end - known))
         with pace:
@@ -139,6 +139,7 @@ class _Pace:
     """How many tokens a call draws, so that it takes about CALL_SECONDS.
 
     unit: the device draws as many without asking, so calls draw multiples of it.
+    Before the first call, it may time the prompt as a call of one token.
     """
 
     def __init__(self, unit: int):

@@ -151,7 +151,8 @@ def mixed_origins(init: InitSettings) -> str | None:
 def check_tokens(init: InitSettings, corpus: CorpusInfo, asked: str) -> None:
     """Raises UserError if the rows of imported factors are of other tokens.
 
-    Also if nothing says of which. `asked` is the tokenizer that was asked for.
+    It also raises if nothing says of which tokens. `asked` is the tokenizer that was
+    asked for.
     """
     for tokens in tokens_of_factors(init):
         tokens.check_is_told(corpus, asked)

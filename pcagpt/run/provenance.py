@@ -29,8 +29,7 @@ PEAK_FLOPS = {
     "NVIDIA GeForce RTX 3090": 71e12,
 }
 
-
-# Of what versions made that did not record it.
+# Of sessions of earlier versions, which did not record it.
 UNKNOWN = Provenance(
     device="unknown", versions={"pcagpt": "unknown"}, git_commit="unknown"
 )
@@ -48,9 +47,11 @@ def summary(device_count: int, packages: tuple[str, ...] = ()) -> Provenance:
 def joined(makers: Iterable[Mapping[str, Any]]) -> Provenance:
     """The provenance of what several commands made, in their order.
 
-    Each maker may hold a `Provenance`, also a joined one, and other fields.
+    Each maker may hold a `Provenance`, also a joined one, and other fields. What one
+    lacks and another has is 'unknown'. Makers without provenance are left out.
     """
-    made_by = list(makers)
+    fields = Provenance.__annotations__
+    made_by = [maker for maker in makers if any(map(maker.get, fields))]
     versions = [maker.get("versions") or {} for maker in made_by]
     return {
         "device": distinct(maker.get("device") for maker in made_by),
@@ -63,9 +64,14 @@ def joined(makers: Iterable[Mapping[str, Any]]) -> Provenance:
 
 
 def distinct(values: Iterable[str | None]) -> str | None:
-    """The distinct parts of values as in 'A, B', joined; None if all are empty."""
-    parts = (part for value in values if value for part in value.split(", "))
-    return ", ".join(dict.fromkeys(parts)) or None
+    """The distinct parts of values as in 'A, B', joined; None if all are empty.
+
+    Otherwise, an empty one is 'unknown'.
+    """
+    if not any(known := list(values)):
+        return None
+    parts = (part for value in known for part in (value or "unknown").split(", "))
+    return ", ".join(dict.fromkeys(parts))
 
 
 def versions(packages: tuple[str, ...] = ()) -> dict[str, str]:

@@ -76,11 +76,10 @@ def train(
         resumed_at = checkpoints.latest_step  # None: the run is new
         makers = history.made_by, provenance.summary(setup.mesh.size)
         history.made_by = provenance.joined(makers)
+        knobs = {name: getattr(setup.model.config, name) for name in DEVICE_KNOBS}
         history.resolved = {
-            name: provenance.distinct(
-                (history.resolved.get(name), getattr(setup.model.config, name))
-            )
-            for name in DEVICE_KNOBS
+            name: provenance.distinct((history.resolved.get(name, value), value))
+            for name, value in knobs.items()
         }
         first_step, seconds_before = int(state.step), history.seconds
         telemetry = stack.enter_context(

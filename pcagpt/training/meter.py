@@ -28,9 +28,8 @@ class History:
     timed_seconds: float = 0.0
     seconds: float = 0.0  # wall-clock, of everything
     made_by: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # provenance
-    resolved: Mapping[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # device knobs
+    # The device knobs of all sessions.
+    resolved: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, stored: Any) -> "History":
@@ -44,7 +43,9 @@ class History:
         fields["resolved"] = (dict[str, str], None)
         check_fields(stored, fields, "the history of the checkpoint", "delete it")
         known = {name: stored[name] for name in fields if stored.get(name) is not None}
-        return cls(**{"curve": None, "made_by": provenance.UNKNOWN} | known)
+        knobs = dict.fromkeys(("attention", "kernels"), "unknown")
+        older = {"curve": None, "made_by": provenance.UNKNOWN, "resolved": knobs}
+        return cls(**older | known)
 
     def add(self, tokens: int, loss: float) -> None:
         """Adds an evaluation after `tokens` training tokens, unless it is there."""
