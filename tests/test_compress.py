@@ -43,7 +43,7 @@ from pcagpt.pipeline.evaluate import evaluate
 from pcagpt.pipeline.plan import recovery_plan
 from pcagpt.report import collect, figures
 from pcagpt.report.row_text import row_name
-from pcagpt.rows import Recipe, Row
+from pcagpt.rows import Provenance, Recipe, Row
 from pcagpt.run import checkpoint, digests, fingerprint
 from pcagpt.run.folder import FolderState, read_record, read_result, write_record
 from pcagpt.run.generate import generate
@@ -1817,6 +1817,10 @@ def test_a_recovered_row_tells_the_table_that_its_run_started_from(
     rows = collect.recovered_rows(folder, made, folder / "gpt_baseline")
     assert {name: rows[0][name] for name in table} == table
     assert [rows[1][name] for name in table] == [None, None, None]
+    for row in rows:  # Their runs tell on what and by which code they were trained.
+        result = json_of(folder / row["run"] / "result.json")
+        assert all(row[name] == result[name] for name in Provenance.__annotations__)
+        assert row["device"]
 
 
 @pytest.mark.parametrize(

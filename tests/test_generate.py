@@ -186,6 +186,25 @@ def test_cache_grows_with_the_text(monkeypatch):
     assert widths == [4, 8, 8]
 
 
+def test_the_time_for_the_prompt_says_how_many_tokens_the_first_call_draws(
+    monkeypatch,
+):
+    counts, read_next = [], generation._read_next
+
+    def reads(*arguments):
+        counts.append(arguments[4] - arguments[3])
+        return read_next(*arguments)
+
+    monkeypatch.setattr(generation, "_read_next", reads)
+    model, variables = model_of("full")
+    drawn(model, variables, [1], 6)  # compiles
+    for call_seconds, first in ((1e9, 6), (0, 1)):
+        counts.clear()
+        monkeypatch.setattr(generation, "CALL_SECONDS", call_seconds)
+        drawn(model, variables, [1], 7)
+        assert counts[0] == first
+
+
 def test_matrices_are_used_in_the_compute_dtype():
     model, variables = model_of("factorized", "bfloat16")
     cast = generation.in_compute_dtype(variables, model)

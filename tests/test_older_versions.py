@@ -117,8 +117,10 @@ def test_a_run_resumes_from_an_earlier_checkpoint_to_the_same_end(run, left):
     assert "resumes at step 2" in outcome.out
     # Its checkpoint knows no losses; only the log has the first ones.
     assert folder.read_result(run_dir)["curve"] is None
-    versions = folder.read_result(run_dir)["versions"]
-    assert versions["pcagpt"] == f"unknown, {pcagpt.__version__}"
+    result = folder.read_result(run_dir)
+    assert result["versions"]["pcagpt"] == f"unknown, {pcagpt.__version__}"
+    assert result["versions"]["grain"].startswith("unknown, ")
+    assert result["resolved"]["kernels"].startswith("unknown, ")
     losses = [loss for _, split, loss in seen if split == "val"]
     curve = np.array(read_row(run_dir)["curve"])
     assert curve[:, 1] == pytest.approx(losses, rel=1e-5)

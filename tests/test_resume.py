@@ -183,13 +183,17 @@ def test_a_result_names_what_each_session_of_the_run_ran_on(tiny_config, monkeyp
         monkeypatch.setattr("pcagpt.__version__", version)
         return stop(tiny_config, at) if at else execute(tiny_config)
 
-    session("one", "1.0", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(provenance, "git_commit", lambda: None)
+        session("", "0.9", 2)
     session("one", "1.0", 3)
-    session("two", "1.1", 4)
+    session("one", "1.0", 4)
+    session("two", "1.1", 5)
     result = folder.read_result(session("one", "1.2"))
-    assert result["git_commit"] == "one, two"
-    assert result["versions"]["pcagpt"] == "1.0, 1.1, 1.2"
-    assert result["device"] == f"{device} 1.0, {device} 1.1, {device} 1.2"
+    versions = ("0.9", "1.0", "1.1", "1.2")
+    assert result["git_commit"] == "unknown, one, two"
+    assert result["versions"]["pcagpt"] == ", ".join(versions)
+    assert result["device"] == ", ".join(f"{device} {one}" for one in versions)
 
 
 @pytest.mark.parametrize(

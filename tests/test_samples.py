@@ -142,6 +142,22 @@ def test_a_report_shows_no_samples_of_earlier_models(readable, tmp_path, monkeyp
     assert "### What do they write?" not in text
 
 
+def test_a_sweep_names_the_commits_that_drew_its_samples(
+    readable, tmp_path, monkeypatch
+):
+    config = changed(compressing(readable, tmp_path), ranks=(8,))
+    draw = compress_task.samples_of
+    sessions = ("one", False), ("two", True), ("three", True), ("four", False)
+    for (commit, draws), known in zip(sessions, (1, 2, 2, 2), strict=True):
+        of = draw if draws else lambda *_, **__: {}
+        monkeypatch.setattr(compress_task, "samples_of", of)
+        monkeypatch.setenv("PCAGPT_COMMIT", commit)
+        compress(Settings.of(config), "a command")
+        sweep = json.loads((tmp_path / "compressed/sweep.json").read_text())
+        assert sweep["git_commit"] == ", ".join(("one", "two")[:known])
+        assert bool(sweep.get("samples")) == draws
+
+
 def test_a_sweep_of_a_checkpoint_has_samples_of_that_one(readable, tmp_path):
     run, measured = f"{readable.workdir}/gpt_baseline", []
     for number, path in enumerate((run, f"{run}/ckpt/6", f"{run}/ckpt/3")):
