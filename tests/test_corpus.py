@@ -860,7 +860,7 @@ def test_tokenizer_may_be_given_for_a_folder_that_names_none(folder, cache):
 @pytest.mark.parametrize("meta", ["meta.json", "meta.pkl"])
 def test_the_width_of_ids_is_that_of_the_file(folder, cache, stored, vocab_size, meta):
     ids = np.arange(1, 9000) % 65
-    ids[:5000] = 0  # The beginning does not tell.
+    ids[:1000] = 0  # The beginning does not tell.
     write_tokens(folder, ids, stored=stored)
     known = {"vocab_size": vocab_size}
     written = json.dumps(known).encode() if meta[-1] == "n" else pickle.dumps(known)
@@ -1086,6 +1086,27 @@ def test_an_end_of_zeros_is_refused_with_the_command_that_cuts_it_off(
         refused(folder, cache, command)
     write_tokens(folder, [0] * 5000, **BARE)
     refused(folder, cache, "ends in 5,000 zeros after 0 ids, .*: write its ids")
+
+
+@pytest.mark.parametrize("stored", ["<u2", "<u4"])
+@pytest.mark.parametrize(
+    "holes",
+    [[(0, 30)], [(31, 33)], [(20, 60), (80, 100)], [(5, 7), (30, 32), (70, 72)]],
+)
+def test_parts_that_were_not_filled_are_refused(
+    holes, stored, folder, cache, monkeypatch
+):
+    ids = np.resize(text_ids(), 100_000) % 4000 + 1
+    size = {"vocab_size": 100_000 if stored == "<u4" else 65_536}
+    for start, stop in holes:
+        ids[1000 * start : 1000 * stop] = 0
+    for chunk in (1 << 12, 1 << 22):  # Holes go on in the next piece.
+        monkeypatch.setattr(content, "_CHUNK_BYTES", chunk)
+        write_tokens(folder, ids, stored=stored, **size)
+        refused(folder, cache, r"zeros in a row, .*not filled \(the first at id ")
+    meta = {"dtype": "uint16" if stored == "<u2" else "uint32"}
+    write_tokens(folder, ids, stored=stored, **size, **meta, tokens={"train": 100_000})
+    assert len(open_corpus(str(folder), cache).tokens("train")) == 100_000
 
 
 def test_unusual_ids_are_not_taken_for_another_layout(folder, cache):
@@ -1341,3 +1362,13 @@ def test_pickle_that_asks_for_code_is_refused_and_not_run(folder, cache, tmp_pat
     (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": Attack()}))
     refused(folder, cache, r"meta\.pkl is refused.*asks for builtins\.exec")
     assert not (tmp_path / "hit").exists()
+
+
+def test_ids_of_a_text_that_look_like_letters_are_used_once_it_is_tokenized(
+    folder, cache
+):
+    for split in ("train", "val"):  # One id stands for it, again and again.
+        (folder / f"{split}.txt").write_text("é" * 40_000 + split, "utf-8")
+    corpus = open_corpus(str(folder), cache, "gpt2")
+    assert len(set(corpus.tokens("train")[:1000].tolist())) < 3
+    assert len(open_corpus(str(folder), cache, "gpt2").tokens("val")) > 1000

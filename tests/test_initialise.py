@@ -454,6 +454,26 @@ def test_factors_and_blocks_of_different_models_are_noticed(d_dir, tmp_path, fac
         assert re.search(words, said) if words else said is None
 
 
+@pytest.mark.parametrize("how", ["method", "singular_value_split", "none"])
+def test_factors_of_two_factorizations_are_noticed(how, d_dir, tmp_path):
+    folder = d_dir.parent / "pca_factorized"
+    other = shutil.copytree(folder, tmp_path / "other")
+    metadata = json_of(other / factor_files.METADATA_FILE)
+    if how != "none":
+        metadata[how] = {"method": "pca", "singular_value_split": 1.0}[how]
+    write_json(other / factor_files.METADATA_FILE, metadata)
+    said = initialise.mixed_origins(
+        InitSettings(
+            import_wte_npy=str(factor_files.table_path(folder, 8)),
+            import_scale_matrices_npz=str(factor_files.scale_path(other, 8)),
+        )
+    )
+    if how == "none":
+        assert said is None
+    else:
+        assert f"are not of one factorization, because they differ in {how}:" in said
+
+
 def test_the_files_of_a_factorization_are_imported_and_hashed(d_dir):
     folder = d_dir.parent / "pca_factorized"
     init = {

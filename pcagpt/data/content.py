@@ -1,6 +1,6 @@
-"""The hash of a token file, and the highest id at each width.
+"""The hash of a token file, the highest id at each width, and long series of zeros.
 
-Both need the whole file. .pcagpt-content.json beside it, or in the cache folder if that
+They need the whole file. .pcagpt-content.json beside it, or in the cache folder if that
 folder is read-only, keeps the result with the file's size, mtime and ctime. As long as
 these three stay the same, the file is not read again. The result of a file that has
 just changed is not kept. For a program that imports pcagpt, only the cache folder keeps
@@ -10,6 +10,7 @@ it.
 import contextlib
 import dataclasses
 import hashlib
+import heapq
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from pcagpt.json_files import read_json, write_json
 NAME = ".pcagpt-content.json"
 _CHUNK_BYTES = 1 << 22
 _WIDTHS = {"uint16": 2, "uint32": 4, "int64": 8}
+ZERO_BLOCK = 64  # bytes: a series of zeros is a number of blocks
+_MOST_SERIES = 32  # kept, the longest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +34,15 @@ class Content:
 
     size: in bytes; sha256: of the bytes; narrow_sha256: hash of the uint32 numbers
     after conversion to uint16, None if one does not fit; highest: the highest number at
-    each width, None if the size is not a positive multiple of the width.
+    each width, None if the size is not a positive multiple of the width; zeros: the
+    longest series of blocks of 64 zero bytes, [first byte, the byte after the last].
     """
 
     size: int
     sha256: str
     narrow_sha256: str | None
     highest: dict[str, int | None]
+    zeros: list[list[int]]
 
 
 @read_once
@@ -81,9 +86,10 @@ def _read(path: Path) -> Content:
     """Reads the whole file."""
     whole, narrow = hashlib.sha256(), hashlib.sha256()
     size, is_narrow = 0, True
-    highest = dict.fromkeys(_WIDTHS, 0)
+    highest, zeros = dict.fromkeys(_WIDTHS, 0), []
     with naming(path), path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
+            zeros = _with_zeros_of(chunk, size, zeros)
             size += len(chunk)
             whole.update(chunk)
             for name, width in _WIDTHS.items():
@@ -101,4 +107,19 @@ def _read(path: Path) -> Content:
             name: None if size == 0 or size % width else highest[name]
             for name, width in _WIDTHS.items()
         },
+        zeros,
     )
+
+
+def _with_zeros_of(chunk: bytes, start: int, known: list[list[int]]) -> list[list[int]]:
+    """The longest series of zeros up to the end of a chunk, which begins at `start`."""
+    count = len(chunk) // ZERO_BLOCK
+    words = np.frombuffer(chunk, np.uint64, count * ZERO_BLOCK // 8)
+    is_zero = ~words.reshape(count, ZERO_BLOCK // 8).any(axis=1)
+    borders = np.flatnonzero(np.diff(is_zero, prepend=False, append=False))
+    found = (start + borders.reshape(-1, 2) * ZERO_BLOCK).tolist()
+    if known and found and known[-1][1] == found[0][0]:  # It goes on in this chunk.
+        found[0][0] = known.pop()[0]
+    longest = heapq.nlargest(_MOST_SERIES, known + found, key=lambda n: n[1] - n[0])
+    # The last one may go on, too.
+    return sorted(longest + [one for one in found[-1:] if one not in longest])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pcagpt.data.content import Content, content_of
+from pcagpt.data.content import ZERO_BLOCK, Content, content_of
 from pcagpt.data.file_kinds import HEAD_BYTES, foreign_kind, is_text, layout_of
 from pcagpt.data.meta import DTYPES, META_FILES, CorpusInfo, narrowest
 from pcagpt.data.token_array import TokenArray, pieces
@@ -24,6 +24,7 @@ _ENOUGH_BYTES = 128  # Shorter files do not show their width reliably.
 _FEW_BYTES = 32  # enough to doubt that uint16 ids are 0 at every second place
 _SAMPLE, _SAMPLES = 1024, 16  # rows of 8 bytes, number of samples
 _LONG_END = 1024  # zeros
+_MOST_HOLES = 16  # of a file that was not filled; padding has more
 # Windows of ids that are decoded and encoded again, and the share of all pairs of
 # neighbours that must come back. GPT-2's tokens reach 0.99, other ids at most 0.9.
 _WINDOWS, _WINDOW, _SHARE = 8, 1024, 0.95
@@ -52,7 +53,8 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
       UserError: the file is too short or truncated, holds no ids or an id
         >= vocab_size, or contradicts its meta file.
     """
-    _refuse_foreign(path)
+    if path.stem not in info.hashes:
+        _refuse_foreign(path)
     content = content_of(path, cache_dir)
     if info.hashes.get(path.stem, content.sha256) != content.sha256:
         raise UserError(
@@ -92,6 +94,7 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
         raise _beyond(path, name, info)
     if not is_proven:
         _refuse_unfilled(path, TokenArray(path, dtype))
+        _refuse_holes(path, content, dtype)
     if info.is_assumed and not _are_tokens(TokenArray(path, dtype), info.tokenizer):
         raise UserError(
             f"{path} seems to hold other ids than {info.tokenizer}'s, which are assumed"
@@ -278,6 +281,24 @@ def _refuse_unfilled(path: Path, tokens: TokenArray) -> None:
             f"{path} ends in {end:,} zeros after {last + 1:,} ids, like a file that "
             f"was not filled: {remedy if size else 'write its ids'}{_if_right(path)}"
         )
+
+
+def _refuse_holes(path: Path, content: Content, dtype: np.dtype) -> None:
+    """Raises UserError for parts of zeros like those that a program did not fill.
+
+    They are few, long, and much longer than all other series of zeros.
+    """
+    by_length = sorted(content.zeros, key=lambda one: one[0] - one[1])
+    sizes = [stop - start for start, stop in by_length] + [0]
+    least = _LONG_END * dtype.itemsize
+    for number, (size, other) in enumerate(pairwise(sizes[: _MOST_HOLES + 1])):
+        if size >= least and size > 4 * max(other, ZERO_BLOCK):
+            start = min(start for start, _ in by_length[: number + 1])
+            raise UserError(
+                f"{path} holds {size // dtype.itemsize:,} zeros in a row, like a file "
+                f"that was not filled (the first at id {start // dtype.itemsize:,}): "
+                f"write its ids again{_if_right(path)}"
+            )
 
 
 def _beyond(path: Path, name: str, info: CorpusInfo) -> UserError:

@@ -136,7 +136,7 @@ def _how_made(record: Mapping[str, Any], step: int | None) -> list[str]:
         steps = (record.get("train") or {}).get("steps")
         text = f"{arm.letter}, {arm.title}: {arm.meaning}"
         if start := (record.get("init") or {}).get("weights_from"):
-            text = f"{arm.letter}: all weights of {Path(start).name}, trained further"
+            text = f"{arm.letter}: all weights of {_named(start)}, trained further"
             if (record.get("distill") or {}).get("teacher"):
                 text += " on the predictions of a teacher"
         lines.append(f"{text}; {step} of {steps} steps")
@@ -145,3 +145,9 @@ def _how_made(record: Mapping[str, Any], step: int | None) -> list[str]:
         recipe = fields({name: one.get(name) for name in shown})
         lines.append(f"table compressed without training: {recipe}")
     return lines
+
+
+def _named(start: str) -> str:
+    """The name of a run, or of its checkpoint RUN/ckpt/STEP."""
+    *_, run, folder, name = Path("_", "_", start).parts
+    return f"{run}, step {name}" if folder == "ckpt" else name

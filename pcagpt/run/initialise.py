@@ -39,6 +39,12 @@ IMPORTS: dict[str, Callable[[Path], str]] = {
     "distill.teacher": fingerprint.of,
 }
 
+# What a table and its scale matrices have in common.
+_RECIPE = (
+    "method", "bands", "singular_value_split", "source_sha256", "calibration_tokens",
+    "calibration_sha256", "statistics_sha256",
+)  # fmt: skip
+
 # {knob: (knob of the import that it freezes, path pattern of its parameters)}
 FREEZES = {
     "import_wte_freeze": ("import_wte_npy", embedding.TABLES),
@@ -139,13 +145,28 @@ def check_rank(settings: Settings) -> None:
 
 
 def mixed_origins(init: InitSettings) -> str | None:
-    """A line if imported factors and blocks are known to be of different models."""
+    """A line if imports are known not to belong together.
+
+    Factors and blocks may be of different models, and factors of two factorizations.
+    """
+    pair = [*filter(None, (init.import_wte_npy, init.import_scale_matrices_npz))]
+    recipes = [made for path in pair if (made := _made(Path(path))[0])]
     origins = {path: origin for path in _factors(init) if (origin := _origin(path))}
     is_one = len(set(origins.values())) < 2
     if init.blocks_from:
         is_one = all(fingerprint.same(init.blocks_from, o) for o in origins.values())
     named = [*map(str, origins), *filter(None, [init.blocks_from])]
-    return None if is_one else f"{' and '.join(named)} are not of one model"
+    if not is_one:
+        return f"{' and '.join(named)} are not of one model"
+    other = [
+        name for name in _RECIPE if len({str(made.get(name)) for made in recipes}) > 1
+    ]
+    if not other:
+        return None
+    return (
+        f"{' and '.join(pair)} are not of one factorization, because they differ in "
+        f"{', '.join(other)}: their product is no table that a method made"
+    )
 
 
 def check_tokens(init: InitSettings, corpus: CorpusInfo, asked: str) -> None:
