@@ -1,10 +1,12 @@
 """nanoGPT's ckpt.pt serves as a run. Needs torch, except where it must be missing."""
 
 import json
+import mmap
 import pickle
 import shutil
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import gpt2_folders
@@ -178,6 +180,13 @@ def with_table(made):
     return spoil
 
 
+def quantized(table):
+    import torch
+
+    with pytest.warns(UserWarning, match="deprecated"):
+        return torch.quantize_per_tensor(table, 0.1, 0, torch.qint8)
+
+
 SPOILT = {
     "untied": (untied, "lm_head.weight is another table than wte.weight"),
     "lacking": (lacking, "has no tensor h.1.mlp.c_fc.bias"),
@@ -215,6 +224,10 @@ SPOILT = {
     ),
     "complex": (
         with_table(lambda table: table + 1j),
+        "wte.weight is no tensor of real numbers",
+    ),
+    "quantized": (
+        with_table(quantized),
         "wte.weight is no tensor of real numbers",
     ),
     "text_as_head": (
@@ -301,24 +314,103 @@ def test_without_torch_the_line_says_how_to_install_it(tmp_path, monkeypatch):
     assert "ckpt.pt can only be read with PyTorch: pip install 'pcagpt[hf]'" in line
 
 
+def optimizer(torch, count=2, size=99):
+    return {"state": {n: {"exp_avg": torch.ones(size)} for n in range(count)}}
+
+
 def test_what_is_no_weight_is_left_in_the_file(torch, tmp_path):
     """The state of the optimizer takes twice the memory of the model."""
-    folder = write(torch, tmp_path / "out")
+    state_of_64_mb = optimizer(torch, count=64, size=250_000)
+    folder = write(torch, tmp_path / "out", optimizer=state_of_64_mb)
+    before = resident_bytes()
     stored = nano_gpt._load(folder / "ckpt.pt")
-    assert stored["optimizer"]["state"][0]["exp_avg"].is_meta
+    assert resident_bytes() < before + 16_000_000
+    assert not any(
+        one["exp_avg"].any() for one in stored["optimizer"]["state"].values()
+    )
     model = stored["model"].values()
-    assert not any(tensor.is_meta for tensor in model)
     places = {tensor.untyped_storage().data_ptr() for tensor in model}
     assert len(places) == len(model) - 1  # The head is the table.
 
 
-def test_versions_of_torch_that_tell_no_places_read_the_same(
+def resident_bytes():
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * mmap.PAGESIZE if pages.exists() else 0
+
+
+def test_versions_of_torch_that_cannot_leave_values_out_read_the_same(
+    torch, tmp_path, monkeypatch
+):
+    folder = write(torch, tmp_path / "out", optimizer=optimizer(torch))
+    known = weights(folder)
+    monkeypatch.delattr(torch.serialization, "skip_data")
+    assert_equal(weights(folder), known)
+    assert nano_gpt._load(folder / "ckpt.pt")["optimizer"]["state"][0]["exp_avg"].all()
+
+
+def test_a_file_that_changes_between_two_looks_is_read_whole(
     torch, tmp_path, monkeypatch
 ):
     folder = write(torch, tmp_path / "out")
-    known = weights(folder)
-    monkeypatch.setattr(nano_gpt, "_place", lambda _: None)
+    known, look = weights(folder), nano_gpt._with_storages
+
+    def other(file, wanted):
+        return look(file, wanted)[0], {len(wanted)}
+
+    monkeypatch.setattr(nano_gpt, "_with_storages", other)
     assert_equal(weights(folder), known)
+
+
+def swapped(name, content):
+    if name.endswith("byteorder"):
+        return {b"little": b"big", b"big": b"little"}[content]
+    is_tensor = "/data/" in name
+    return np.frombuffer(content, "u4").byteswap().tobytes() if is_tensor else content
+
+
+REWRITTEN = {
+    "sorted": (sorted, zipfile.ZIP_STORED),
+    "reversed": (lambda names: names[::-1], zipfile.ZIP_STORED),
+    "deflated": (list, zipfile.ZIP_DEFLATED),
+}
+
+
+@pytest.mark.parametrize("is_swapped", [False, True], ids=["same", "swapped"])
+@pytest.mark.parametrize("way", REWRITTEN)
+def test_a_checkpoint_that_was_packed_again_has_the_same_weights(
+    way, is_swapped, torch, tmp_path
+):
+    """In another order, with other distances, packed, or with the other byte order."""
+    model, noise = state(torch), np.random.default_rng(0).normal(size=(40, 9000))
+    model |= {name: one + 1 for name, one in model.items() if "ln_" in name}
+    noisy = dict(enumerate({"exp_avg": torch.tensor(one)} for one in noise))
+    folder = write(torch, tmp_path / "out", model, optimizer={"state": noisy})
+    sizes = [one.numel() for one in model.values()]
+    assert len({*sizes}) < len(sizes) - 5  # One may be taken for another.
+    known, path = weights(folder), folder / "ckpt.pt"
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    path.unlink()
+    order, kind = REWRITTEN[way]
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        for name in order(list(records)):
+            content = records[name]
+            archive.writestr(name, swapped(name, content) if is_swapped else content)
+    assert_equal(weights(folder), known)
+
+
+def test_storages_without_bytes_do_not_shift_the_others(torch, tmp_path):
+    none, model = torch.zeros(0), state(torch)
+    changed = {"optimizer": [none, none, torch.ones(9)], "model": model, "last": none}
+    known = weights(write(torch, tmp_path / "known"))
+    folder = write(torch, tmp_path / "out")
+    stored = torch.load(folder / "ckpt.pt", weights_only=True)
+    torch.save(
+        changed | {k: v for k, v in stored.items() if k not in changed},
+        folder / "ckpt.pt",
+    )
+    assert_equal(weights(folder), known)
+    assert not nano_gpt._load(folder / "ckpt.pt")["optimizer"][2].any()
 
 
 @pytest.mark.parametrize("size", [97, 98])

@@ -1,7 +1,10 @@
 """nanoGPT's ckpt.pt as a run: its record and its weights. Needs PyTorch to read it."""
 
+import contextlib
+import mmap
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -145,7 +148,7 @@ def _as_dict(value: Any) -> Any:
 def _load(path: Path) -> Any:
     """What torch reads without running code; UserError if it cannot.
 
-    Only the tensors of `model` have values, where torch tells their places in the file.
+    Tensors outside `model` may be zeros.
     """
     try:
         import torch
@@ -157,12 +160,13 @@ def _load(path: Path) -> Any:
         _check_sums(path)
         # No memory map: nanoGPT writes the file in place, and the system ends a process
         # that reads a mapped file after its end is cut off.
-        with torch.serialization.safe_globals(_of_numbers()), path.open("rb") as file:
-            # Without values: those of the optimizer take twice the memory of the model.
-            stored = torch.load(file, map_location="meta", weights_only=True)
-            model = stored.get("model") if isinstance(stored, dict) else None
-            if isinstance(model, dict) and all(map(_has_place, model.values())):
-                return stored | {"model": _filled(file, model)}
+        with (
+            torch.serialization.safe_globals(_of_numbers()),
+            path.open("rb") as file,
+            warnings.catch_warnings(action="ignore", category=UserWarning),
+        ):
+            if (stored := _without_the_rest(file)) is not None:
+                return stored
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
     except OF_NO_FILE:
@@ -184,39 +188,52 @@ def _load(path: Path) -> Any:
         ) from None
 
 
-def _has_place(value: Any) -> bool:
-    """Whether a value is a dense tensor without values, with a known place in a file.
+def _without_the_rest(file: BinaryIO) -> Any:
+    """The content of a file, with zeros for all tensors but those of `model`.
 
-    Not all versions of torch tell the place.
+    The state of the optimizer takes twice the memory of the model. None if nothing can
+    be left out.
+    """
+    # torch reads all storages in the same order each time, so it finds the values. The
+    # places that it tells are those where its own writer would put them.
+    with contextlib.suppress(Exception):  # An error comes again from a plain load.
+        _, wanted = _with_storages(file, set())
+        stored, found = _with_storages(file, wanted)
+        if found == wanted:  # Otherwise another program wrote the file.
+            return stored
+    return None
+
+
+def _with_storages(file: BinaryIO, wanted: set[int]) -> tuple[Any, set[int]]:
+    """(content with values in the `wanted` storages only, those that `model` needs).
+
+    Storages are told by their number in the order of reading.
     """
     import torch
 
-    is_dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
-    return is_dense and _place(value) is not None
+    storages: list[Any] = []
+    last = max(wanted, default=-1)
+    with contextlib.ExitStack() as stack:
 
+        def read(storage: Any, _: str) -> Any:
+            size = storage.nbytes()
+            if not size:  # torch may ask for it again each time.
+                return storage
+            if len(storages) not in wanted:
+                # The system gives no memory for these zeros, but malloc may.
+                zeros = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                storage = torch.frombuffer(zeros, dtype=torch.uint8).untyped_storage()
+            storages.append(storage)
+            if len(storages) == last + 1:
+                stack.enter_context(torch.serialization.skip_data())
+            return storage
 
-def _place(tensor: Any) -> int | None:
-    """The first byte of a tensor's storage in the file; None if it is unknown."""
-    return getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-
-
-def _filled(file: BinaryIO, model: dict[Any, Any]) -> dict[Any, Any]:
-    """Tensors that `_has_place`, with their values; equal places are read once."""
-    import torch
-
-    storages, found = {}, {}
-    for name, tensor in model.items():
-        key = _place(tensor), tensor.dtype
-        if key not in storages:
-            count = tensor.untyped_storage().nbytes() // tensor.element_size()
-            storages[key] = torch.empty(count, dtype=tensor.dtype)
-            content = storages[key].view(torch.uint8).numpy()
-            file.seek(key[0])
-            if file.readinto(content) < len(content):
-                raise EOFError("it ends too early")
-        layout = tensor.shape, tensor.stride(), tensor.storage_offset()
-        found[name] = storages[key].as_strided(*layout)
-    return found
+        if not wanted:
+            stack.enter_context(torch.serialization.skip_data())
+        file.seek(0)
+        stored = torch.load(file, map_location=read, weights_only=True)
+    places = {one.untyped_storage().data_ptr() for one in stored["model"].values()}
+    return stored, {n for n, one in enumerate(storages) if one.data_ptr() in places}
 
 
 def _of_numbers() -> list[Any]:
