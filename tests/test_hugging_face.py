@@ -123,6 +123,23 @@ def test_a_folder_of_the_cache_stands_for_its_only_snapshot(tmp_path):
     (cached / "refs").mkdir()
     (cached / "refs/main").write_text("b")
     assert f"{cached} has 2 snapshots: name one, such as {newer}" in line()
+    (cached / "refs/main").write_bytes(b"\xff")
+    assert f"{cached} has 2 snapshots: name one, such as {older}" in line()
+
+
+def test_a_folder_of_the_cache_is_known_by_any_path(tmp_path, monkeypatch):
+    cached = tmp_path / "models--owner--theirs"
+    (cached / "snapshots").mkdir(parents=True)
+    known = weights(write(cached / "snapshots/a"))
+    (tmp_path / "link").symlink_to(cached)
+    shutil.copytree(cached, tmp_path / "other")
+    (tmp_path / "models--linked").symlink_to("other")
+    for one in ("link", "models--linked", "models--owner--theirs/snapshots/"):
+        assert_equal(weights(tmp_path / one), known)
+    monkeypatch.chdir(cached)
+    assert_equal(weights(Path(".")), known)
+    (tmp_path / "loop").symlink_to("loop")
+    assert hugging_face.snapshot_in(tmp_path / "loop") == tmp_path / "loop"
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])

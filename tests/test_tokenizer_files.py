@@ -338,6 +338,24 @@ def test_a_damaged_tokenizer_like_gpt2s_is_refused(change, gpt2_merges, tmp_path
         vocabulary.load(vocabulary.in_folder(tmp_path))
 
 
+@pytest.mark.parametrize("later", ["{}", '{"model": 5}'])
+def test_a_tokenizer_that_changes_while_it_is_read_ends_in_no_traceback(
+    later, gpt2_merges, tmp_path, monkeypatch
+):
+    path = tmp_path / "tokenizer.json"
+    end = [{"id": 50256, "content": "<|endoftext|>", "special": True}]
+    made = {"pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": end}
+    path.write_text(
+        json.dumps(made | {"model": {"merges": gpt2_merges, "type": "BPE"}})
+    )
+    merges_of = packaged_tokenizers._merges_of_gpt2s_kind
+    assert merges_of(path) == gpt2_merges
+    before = packaged_tokenizers.fields_of(path)
+    path.write_text(later)
+    monkeypatch.setattr(packaged_tokenizers, "fields_of", lambda _: before)
+    assert merges_of(path) is None
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_merges_that_were_cut_off_are_noticed(name, byte_level, tmp_path, caplog):
     folder = shutil.copytree(byte_level / name, tmp_path / "own")

@@ -71,7 +71,8 @@ def _merges_of_gpt2s_kind(file: Path) -> list[Any] | None:
     has_end = isinstance(added, list) and any(map(is_plain_end, added))
     if not (model and is_cut_so and not is_changed and is_joined_so and has_end):
         return None
-    merges = (read_json(file, DAMAGED) or {})["model"].get("merges")
+    model = (read_json(file, DAMAGED) or {}).get("model")  # It may be another by now.
+    merges = model.get("merges") if isinstance(model, dict) else None
     return merges if isinstance(merges, list) else None
 
 

@@ -6,6 +6,7 @@ The folder has config.json and model.safetensors, whole or in shards.
 import contextlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,15 +78,19 @@ def snapshot_in(folder: Path) -> Path:
 
     UserError if such a folder has several snapshots, or none.
     """
-    inside = folder / _SNAPSHOTS
-    if not (folder.name.startswith("models--") and inside.is_dir()):
+    real = Path(os.path.realpath(folder))  # `.` and a link have another name.
+    inside = folder if real.name == _SNAPSHOTS else folder / _SNAPSHOTS
+    whole = real.parent if inside == folder else real
+    is_cached = any(one.name.startswith("models--") for one in (folder, whole))
+    if not (is_cached and inside.is_dir()):
         return folder
     found = sorted(path for path in inside.iterdir() if path.is_dir())
     if not found:
         raise UserError(f"{inside} is empty: download the model again")
     if len(found) > 1:
-        main = folder / "refs/main"  # It names the newest that was asked for.
-        named = inside / main.read_text("utf-8").strip() if main.is_file() else None
+        main = whole / "refs/main"  # It names the newest that was asked for.
+        name = main.read_text("utf-8", "replace") if main.is_file() else ""
+        named = inside / name.strip()
         raise UserError(
             f"{folder} has {len(found)} snapshots: name one, such as "
             f"{named if named in found else found[0]}"
