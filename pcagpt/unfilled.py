@@ -1,13 +1,21 @@
 """Weights that were never written: a file of full size with zeros in it.
 
-Programs that download set the size of a file first. What is lacking is then zero: the
-end, or a part in the middle if several parts are fetched at once.
+A long run of zeros is a hole if it begins or ends within a row of a matrix, and the row
+beside is not zero there.
 
-A part of a download begins and ends anywhere in a row of a matrix. Zeros that are meant
-are whole rows, such as padding, or the same columns of several rows, such as masks. So
-a long run of zeros may begin or end within a row only if the row beside it has zeros in
-the same columns, or if few bytes of its own row are zero: a matrix with zeros at random
-has some next to a row of zeros.
+Programs that download set the size of a file first. What is lacking is then zero: the
+end, or a part in the middle if several parts are fetched at once. Such a part begins
+and ends anywhere in a row. Zeros that are meant are whole rows, such as padding, or the
+same columns of several rows, such as masks.
+
+So that other zeros that are meant are no holes either, a row may also be cut if
+- few of its bytes are zero: with zeros at random, some are next to a row of zeros;
+- it is mostly zero outside the run, too: it has a few numbers, next to rows of zeros;
+- the whole run is in it, and goes to its edge: each row has padding of its own;
+- the whole run is in it, and the row on the other side is zero there: the last row of a
+  block of zeros.
+
+Rows of zeros beside a row that is half zero, and half full, still look like a hole.
 """
 
 import math
@@ -23,9 +31,7 @@ from pcagpt.file_hashes import read_once
 _CHUNK = 1 << 20
 _LONG = 1 << 16  # bytes of the shortest run that counts
 _BLOCK = _LONG // 2  # Each long run holds a whole block, wherever it begins.
-_FEW = 256  # bytes: in a matrix with zeros at random, more are not zero by chance.
-# Of the bytes in the row beside. It is 1/2 in float32 that was bfloat16.
-_MOST_ZEROS = 3 / 4
+_FEW = 256  # bytes, or 1/4 of a row: by chance, more are not zero at its edge.
 # The bytes from one place to another: uint8 [any number].
 _Read = Callable[[int, int], np.ndarray]
 
@@ -86,11 +92,10 @@ def _refuse_holes(
     """UserError if one of the `runs` of zeros is a hole in a tensor."""
     for run in runs:
         for name, place in places.items():
-            for start, stop, beside in _cut_rows(run, place):
-                row = read(start + beside, stop + beside)
-                few = stop - start <= _FEW
-                if few or np.count_nonzero(row == 0) >= _MOST_ZEROS * len(row):
-                    continue
+            if any(
+                not _is_meant(run, place, row, way, read)
+                for row, way in _cut_rows(run, place)
+            ):
                 raise UserError(
                     f"{path} has {run[1] - run[0]:,} bytes of zeros that begin or end "
                     f"within a row of {name}, like a download that was not finished: "
@@ -98,8 +103,8 @@ def _refuse_holes(
                 )
 
 
-def _cut_rows(run: tuple[int, int], place: Place) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, way to the row beside) of zeros in the rows that a run cuts.
+def _cut_rows(run: tuple[int, int], place: Place) -> Iterator[tuple[range, int]]:
+    """(bytes of a row that a run cuts, way to the row beside it).
 
     The row beside is the one before the begin of the run, or after its end. Rows at the
     border of the tensor have none, and are left out.
@@ -110,9 +115,33 @@ def _cut_rows(run: tuple[int, int], place: Place) -> Iterator[tuple[int, int, in
     size = (stop - start) // math.prod(shape[:-1])
     before, after = (first - start) % size, (last - start) % size
     if first - before - size >= start and before:
-        yield first, min(last, first - before + size), -size
+        yield range(first - before, first - before + size), -size
     if last - after + 2 * size <= stop and after:
-        yield max(first, last - after), last, size
+        yield range(last - after, last - after + size), size
+
+
+def _is_meant(
+    run: tuple[int, int], place: Place, row: range, way: int, read: _Read
+) -> bool:
+    """Whether a program may have written zeros that cut a row so."""
+    begin, end = max(run[0], row.start), min(run[1], row.stop)
+    few = min(_FEW, len(row) // 4)
+    if end - begin <= few or _is_mostly_zero(read(begin + way, end + way)):
+        return True
+    rest = np.concatenate([read(row.start, begin), read(end, row.stop)])
+    if np.count_nonzero(rest) <= few // 4 or _is_mostly_zero(rest):
+        return True
+    if run[0] < row.start - few or run[1] > row.stop + few:
+        return False
+    if begin - row.start <= few or row.stop - end <= few:
+        return True
+    has_other = place.start <= row.start - way and row.stop - way <= place.stop
+    return has_other and _is_mostly_zero(read(begin - way, end - way))
+
+
+def _is_mostly_zero(content: np.ndarray) -> bool:
+    """Whether 3/4 of some bytes are. Of float32 that was bfloat16, 1/2 are."""
+    return 4 * np.count_nonzero(content) <= len(content)
 
 
 @read_once

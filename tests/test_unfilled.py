@@ -21,6 +21,11 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def positive(*shape):
+    """Without a -0.0 in products with zeros."""
+    return np.abs(random(*shape))
+
+
 def with_zeros(change):
     found = random(MANY, WIDE)
     change(found)
@@ -40,11 +45,24 @@ def rounded_to_bfloat16(found):
     found[500:700] = 0
 
 
+def one_column_of_five(found):
+    found[:, np.arange(WIDE) % 5 > 0] = 0
+    found[500:700] = 0
+    found[499, 384:] = 0
+
+
+def with_block(start, stop):
+    """Zeros in some columns of some rows, each with 160 KB."""
+    found = random(30, 40_000)
+    found[10:20, start:stop] = 0
+    return found
+
+
 MEANT = {
     "all": lambda: np.zeros((MANY, WIDE), np.float32),
     "rows": lambda: with_zeros(lambda one: one[500:700].fill(0)),
     "last_rows": lambda: with_zeros(lambda one: one[900:].fill(0)),
-    "all_but_one_row": lambda: random(MANY, WIDE) * (np.arange(MANY) == 70)[:, None],
+    "all_but_one_row": lambda: positive(MANY, WIDE) * (np.arange(MANY) == 70)[:, None],
     "rows_after_a_zero": lambda: with_zeros(
         lambda one: (one[500:700].fill(0), one[499, -9:].fill(0), one[700, :9].fill(0))
     ),
@@ -57,8 +75,27 @@ MEANT = {
     "lower_mask": lambda: np.tril(np.ones((256, 40_000), np.float32), 20_000),
     "upper_mask": lambda: np.triu(np.ones((40_000, 1024), np.uint8), -1),
     "identity": lambda: np.eye(200, 30_000, dtype=np.float32),
-    "diagonal_of_blocks": lambda: np.kron(np.eye(4), random(50, 8000)),
-    "experts": lambda: random(8, 300, 96) * (np.arange(8) % 3 > 0)[:, None, None],
+    "diagonal_of_blocks": lambda: np.kron(np.eye(4), positive(50, 8000)),
+    "experts": lambda: positive(8, 300, 96) * (np.arange(8) % 3 > 0)[:, None, None],
+    "a_number_in_the_first_zero_row": lambda: with_zeros(
+        lambda one: (one[500:700].fill(0), one[500, 300:301].fill(1))
+    ),
+    "a_number_in_the_last_zero_row": lambda: with_zeros(
+        lambda one: (one[500:700].fill(0), one[699, 300:301].fill(1))
+    ),
+    "numbers_in_the_first_zero_row": lambda: with_zeros(
+        lambda one: (one[500:700].fill(0), one[500, :300:8].fill(np.pi))
+    ),
+    "a_short_row_before_zero_rows": lambda: with_zeros(
+        lambda one: (one[500:700].fill(0), one[499, 5:].fill(0))
+    ),
+    "one_column_of_five": lambda: with_zeros(one_column_of_five),
+    "block_at_the_left": lambda: with_block(0, 20_000),
+    "block_at_the_right": lambda: with_block(20_000, 40_000),
+    "block_in_the_middle": lambda: with_block(10_000, 30_000),
+    "rows_padded_each": lambda: (
+        positive(8, 40_000) * (np.arange(40_000) < [[9_000], [20_000]] * 4)
+    ),
     "vector": lambda: np.r_[random(999), np.zeros(99_999), random(999)],
 }
 
@@ -80,6 +117,34 @@ def test_zeros_that_begin_and_end_within_rows_are_a_hole(begin, size, dtype):
     found.reshape(-1).view(np.uint8)[begin : begin + size] = 0
     with pytest.raises(UserError, match=HOLE):
         refuse_holes("file", "table", found)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(64, "float32"), (128, "float16"), (65, "float32")]
+)
+def test_a_hole_in_narrow_rows_is_found(width, dtype):
+    found = random(6000, width).astype(dtype)
+    found.reshape(-1)[int(1000.5 * width) : int(5000.5 * width)] = 0
+    with pytest.raises(UserError, match=HOLE):
+        refuse_holes("file", "table", found)
+
+
+def test_less_than_64_kib_is_no_hole():
+    found = random(MANY, WIDE)
+    found.reshape(-1).view(np.uint8)[1_234_567 : 1_234_567 + 65_000] = 0
+    refuse_holes("file", "table", found)
+    found.reshape(-1).view(np.uint8)[1_234_567 : 1_234_567 + 65_536] = 0
+    with pytest.raises(UserError, match=HOLE):
+        refuse_holes("file", "table", found)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (768, 0)])
+def test_an_empty_tensor_among_zeros_does_no_harm(shape, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(random(30_000).tobytes() + bytes(200_000) + b"1" * 8)
+    matrix, vector = Place((300, 100), 0, 120_000), Place((50_000,), 120_000, 320_000)
+    empty, end = Place(shape, 200_000, 200_000), Place((2,), 320_000, 320_008)
+    refuse_unfilled(path, {"one": matrix, "none": empty, "two": vector, "last": end})
 
 
 @pytest.mark.parametrize("rows", [(500, 700.5), (500.5, 700), (500.2, 500.9)])
@@ -107,10 +172,10 @@ def test_a_hole_over_several_tensors_is_found_in_the_file(tmp_path):
         refuse_unfilled(path, whole | {"last": last})
 
 
-def punch(path):
-    """Makes a hole of 128 KiB behind the first quarter of a file."""
+def punch(path, share=0.25):
+    """Makes a hole of 128 KiB behind the first part of a file."""
     with path.open("r+b") as file:
-        file.seek(path.stat().st_size // 4)
+        file.seek(int(path.stat().st_size * share))
         file.write(bytes(1 << 17))
 
 
@@ -138,8 +203,11 @@ def test_a_hole_in_a_checkpoint_without_sums_is_refused(tmp_path):
     finally:
         torch.serialization.set_crc32_options(True)
     nano_gpt.record_of(folder)
-    punch(folder / "ckpt.pt")
+    punch(folder / "ckpt.pt", share=0.5)
     with pytest.raises(UserError, match=f"ckpt.pt has .*{HOLE}"):
+        nano_gpt.record_of(folder)
+    punch(folder / "ckpt.pt")  # The begin of a record is in this hole.
+    with pytest.raises(UserError, match=r"ckpt.pt cannot be read .*: restore it, or"):
         nano_gpt.record_of(folder)
 
 
