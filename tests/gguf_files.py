@@ -9,9 +9,48 @@ WIDTH, HEADS, INNER, LAYERS, CONTEXT = 32, 4, 64, 2, 64
 Q8 = gguf.GGMLQuantizationType.Q8_0
 
 
-def write(path, tokenizer, is_tied=True, quantized=True, scaled=False, **fields):
+def add_tokenizer_fields(writer, says):
+    """Writes what a file says of its tokenizer; None stands for no such field."""
+    for name, value in says.items():
+        add = {bool: writer.add_bool, str: writer.add_string, list: writer.add_array}
+        if value is not None:
+            add[type(value)](f"tokenizer.ggml.{name}", value)
+
+
+def write_sentencepiece(path, tokenizer, says, architecture="llama"):
+    """Writes one tensor and the tokens of a tokenizer.json like Llama 2's."""
+    model = json.loads(tokenizer.read_text())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    ranks = {"".join(pair): -float(at) for at, pair in enumerate(model["merges"])}
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    add_tokenizer_fields(writer, {"model": "llama", "pre": "default"} | says)
+    writer.add_token_list(tokens)
+    writer.add_token_scores([ranks.get(token, -1e5) for token in tokens])
+    kinds = {"<unk>": 2, "</s>": 3}
+    is_byte = (token.startswith("<0x") for token in tokens)
+    types = [6 if b else kinds.get(t, 1) for t, b in zip(tokens, is_byte, strict=True)]
+    writer.add_token_types(types)
+    writer.add_unk_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_tensor("token_embd.weight", np.ones((len(tokens), WIDTH), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write(
+    path, tokenizer, is_tied=True, quantized=True, scaled=False, says=None, **fields
+):
     """Writes a random Llama with the tokens of a byte-level tokenizer.json.
 
+    says: fields of the tokenizer, for `add_tokenizer_fields`.
     fields: numbers beside those of the model, such as split_count for split.count, with
     __ for _; arrays among them become tensors.
     Returns {name in the file: float32 array as transformers must read it}.
@@ -45,8 +84,7 @@ def write(path, tokenizer, is_tied=True, quantized=True, scaled=False, **fields)
     writer.add_rope_dimension_count(WIDTH // HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    add_tokenizer_fields(writer, {"model": "gpt2", "pre": "gpt-2"} | (says or {}))
     writer.add_token_list(sorted(vocab, key=vocab.get))
     writer.add_token_types([3 if text == "<|endoftext|>" else 1 for text in vocab])
     pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in merges)

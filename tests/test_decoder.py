@@ -673,6 +673,67 @@ def test_a_model_that_takes_no_embedded_tokens_is_refused(llama, monkeypatch):
         Decoder(llama, 16)
 
 
+MORE = "reads more of a token than its row of the table, such as an embedding for each"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_that_finds_ids_by_their_rows_is_refused(fails, llama, monkeypatch):
+    """It reads another table of them; rows of places stand for other ids."""
+    forward = transformers.LlamaModel.forward
+
+    def find_ids(self, input_ids=None, inputs_embeds=None, **others):
+        rows = self.embed_tokens.weight
+        if inputs_embeds is None:
+            inputs_embeds = rows[input_ids]
+        is_row = (inputs_embeds[:, :, None] == rows).all(-1)
+        if fails and is_row.sum() != inputs_embeds.shape[1]:
+            raise RuntimeError("found twice")
+        ids = is_row.float().argmax(-1)
+        own = torch.sin(ids[..., None] + torch.arange(inputs_embeds.shape[-1]))
+        return forward(self, inputs_embeds=inputs_embeds + own, **others)
+
+    Decoder(llama, 16)
+    monkeypatch.setattr(transformers.LlamaModel, "forward", find_ids)
+    for window in (1, 16):
+        with pytest.raises(UserError, match=f"LlamaForCausalLM {MORE}"):
+            Decoder(llama, window)
+
+
+@pytest.mark.parametrize("kind", ["Gemma3n", "Gemma4"])
+def test_embeddings_for_each_layer_are_refused_before_they_are_computed(
+    kind, tmp_path, monkeypatch
+):
+    per_layer = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 90}
+    sizes = SIZES | per_layer | {"num_kv_shared_layers": 0, "intermediate_size": 48}
+    config = getattr(transformers, f"{kind}TextConfig")(**sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    monkeypatch.setattr(Decoder, "_hidden", None)
+    with pytest.raises(UserError, match=f"{kind}ForCausalLM {MORE}"):
+        Decoder(tmp_path, 16)
+
+
+def test_a_gemma_4_without_embeddings_for_each_layer_is_measured(tmp_path):
+    sizes = SIZES | {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    config = transformers.Gemma4TextConfig(**sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokens_BT = np.array([[40, 30, 30, 20, 10]])
+    found = Decoder(tmp_path, 16).statistics(np.ones(90) / 90, [tokens_BT])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.inference_mode():
+        h_BTD = model.model(torch.as_tensor(tokens_BT)).last_hidden_state
+    wanted = h_BTD.numpy().mean((0, 1))
+    np.testing.assert_allclose(found.hidden_mean, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_which_transformers_names_no_body_is_refused(tmp_path):
+    sizes = SIZES | {"num_local_experts": 2, "intermediate_size_mlp": 48}
+    config = transformers.Llama4TextConfig(**sizes, attention_chunk_size=8)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    words = "does not say which part of Llama4ForCausalLM computes the hidden states"
+    with pytest.raises(UserError, match=words):
+        Decoder(tmp_path, 16)
+
+
 def test_a_model_that_reads_the_tokens_it_predicts_is_refused(tmp_path):
     sizes = {"vocab_size": 90, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = transformers.LlamaConfig(**SIZES | sizes)

@@ -1,5 +1,6 @@
 """The dequantized values of a GGUF file are a model that `compress` takes."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -13,12 +14,13 @@ pytest.importorskip("gguf", reason="needs the extra hf")
 
 import gguf_files
 import tokenizer_folders
+import tokenizers
 import transformers
 from command_line import CONFIGS, THEIR_SIZES, call, refusal, tiny
 from runs import snapshot
 from test_export import run_export, write_run
 from tokenizer_folders import HARD_TEXT, TEXT
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from pcagpt.compression import open_decoder
 from pcagpt.compression.decoder import Decoder
@@ -123,6 +125,77 @@ def test_its_tokenizer_gives_the_same_ids_and_is_known_by_its_fields(
     assert again.encode(HARD_TEXT) == ours.encode(HARD_TEXT)
 
 
+def with_own_merge_lost(byte_level, path):
+    """A tokenizer.json in which merges no longer make one token; also its text."""
+    content = json.loads(byte_level.read_text())
+    *_, lost = content["model"]["merges"]
+    content["model"]["merges"].remove(lost)
+    path.write_text(json.dumps(content))
+    return path, "".join(lost).replace("Ġ", " ")
+
+
+# How llama.cpp cuts a text for Llama 3.
+OF_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def test_its_text_is_cut_as_it_names_it(byte_level, tmp_path):
+    own, text = with_own_merge_lost(byte_level, tmp_path / "tokenizer.json")
+    of_gpt2 = Tokenizer.from_file(str(own))
+    of_llama = Tokenizer.from_file(str(own))
+    split = pre_tokenizers.Split(tokenizers.Regex(OF_LLAMA_3), "isolated")
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    of_llama.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
+    of_llama.model.ignore_merges = True
+    cuts = {"gpt-2": of_gpt2, "olmo": of_gpt2, "llama-bpe": of_llama}
+    for pre, wanted in cuts.items():
+        path = tmp_path / f"{pre}.gguf"
+        gguf_files.write(path, own, says={"pre": pre, "add_space_prefix": False})
+        found = vocabulary.load(str(path))
+        for one in (TEXT, HARD_TEXT, text, "17901790\n\n"):
+            assert found.encode(one) == wanted.encode(one).ids, (pre, one)
+            assert found.decode(found.encode(one)) == one
+        # Tokens that were made before would be taken for these.
+        fields = gguf_header.tokenizer_fields(path)
+        is_same = vocabulary.describe(str(path)).sha256 == fields.sha256
+        assert is_same == (wanted is of_gpt2)
+    for one in (text, "17901790"):
+        assert of_gpt2.encode(one).ids != of_llama.encode(one).ids
+
+
+@pytest.mark.parametrize("prefix", [None, True, False])
+def test_a_space_before_a_text_is_put_or_not_as_it_says(prefix, tmp_path):
+    tokenizer_folders.byte_fallback(tmp_path)
+    theirs = tmp_path / "tokenizer.json"
+    path = tmp_path / "own.gguf"
+    gguf_files.write_sentencepiece(path, theirs, {"add_space_prefix": prefix})
+    wanted, found = Tokenizer.from_file(str(theirs)), vocabulary.load(str(path))
+    if prefix is False:
+        wanted.normalizer = normalizers.Replace(" ", "▁")
+    for text in ("the people", TEXT, "日本  the\n\n the "):
+        assert found.encode(text) == wanted.encode(text).ids
+        assert found.decode(found.encode(text)) == text
+    fields = gguf_header.tokenizer_fields(path)
+    is_same = vocabulary.describe(str(path)).sha256 == fields.sha256
+    assert is_same == (prefix is not False)
+
+
+def test_a_space_that_gemma_would_not_put_is_refused(tmp_path):
+    tokenizer_folders.byte_fallback(tmp_path)
+    path = tmp_path / "own.gguf"
+    for prefix in (None, False, True):
+        says = {"add_space_prefix": prefix}
+        gguf_files.write_sentencepiece(
+            path, tmp_path / "tokenizer.json", says, architecture="gemma2"
+        )
+        if not prefix:
+            assert len(vocabulary.load(str(path)).encode("the")) == 2  # "th", "e"
+    with pytest.raises(UserError, match=r"add_space_prefix is True\): name the"):
+        vocabulary.load(str(path))
+
+
 def test_an_export_has_the_tokenizer_but_not_the_model_of_a_file(file, tmp_path):
     import transformers
 
@@ -175,6 +248,65 @@ def test_a_file_with_an_output_table_is_untied(byte_level, place):
 
 
 # What is refused.
+
+
+@pytest.mark.parametrize(
+    ("says", "reason"),
+    [
+        ({"pre": "seed-coder"}, "*pre is seed-coder"),
+        ({"pre": "default"}, "*pre is default"),
+        ({"pre": None}, "*pre is None"),
+        ({"model": "t5"}, "*model is t5"),
+        ({"model": "bert"}, "*model is bert"),
+        ({"model": None}, "*model is None"),
+        ({"add_space_prefix": True}, "*add_space_prefix is True"),
+        ({"remove_extra_whitespaces": True}, "it has *remove_extra_whitespaces"),
+        ({"precompiled_charsmap": [1, 2]}, "it has *precompiled_charsmap"),
+        ({"normalizer.lowercase": True}, "it has *normalizer.lowercase"),
+    ],
+)
+def test_a_tokenizer_that_transformers_would_make_another_one_is_refused(
+    says, reason, byte_level, tmp_path
+):
+    path = tmp_path / "odd.gguf"
+    off = {"remove_extra_whitespaces": False, "add_bos_token": True}
+    gguf_files.write(path, byte_level, says=off)
+    vocabulary.load(str(path))
+    gguf_files.write(path, byte_level, says=off | says)
+    with pytest.raises(UserError) as raised:
+        vocabulary.load(str(path))
+    reason = reason.replace("*", gguf_header.TOKENIZER)
+    assert str(raised.value) == (
+        f"transformers does not make the tokenizer of {path} ({reason}): name the "
+        "tokenizer.json of its model as --config.data.tokenizer"
+    )
+
+
+def test_a_model_with_such_a_tokenizer_is_measured_with_one_that_is_named(
+    byte_level, place
+):
+    gguf_files.write(place / "odd.gguf", byte_level, says={"pre": "seed-coder"})
+    run = Run.open(place / "odd.gguf", any_architecture=True)
+    assert run.record["tokenizer"] is None
+    line = refusal(*asked("odd.gguf"), unchanged=[place])
+    assert (
+        "odd.gguf (tokenizer.ggml.pre is seed-coder): name the tokenizer.json" in line
+    )
+    outcome = call(*asked("odd.gguf", data={"tokenizer": byte_level}))
+    assert outcome.code == 0, outcome
+
+
+def test_a_cut_that_an_older_transformers_does_not_know_is_refused(
+    byte_level, tmp_path, monkeypatch
+):
+    mapping = pytest.importorskip("transformers.integrations.gguf").__name__
+    module = importlib.import_module(f"{mapping}.gguf_tokenizer_mapping")
+    path = tmp_path / "own.gguf"
+    gguf_files.write(path, byte_level, says={"pre": "llama-bpe"})
+    vocabulary.load(str(path))
+    monkeypatch.delattr(module, "GGUF_PRE_TOKENIZER_SPLITS")
+    with pytest.raises(UserError, match=r"pre is llama-bpe\): name the"):
+        vocabulary.load(str(path))
 
 
 def test_several_files_in_a_folder_are_refused_with_a_name(file, place):
@@ -347,7 +479,7 @@ def test_a_tokenizer_that_transformers_cannot_make_must_be_named(
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", None)
     assert Run.open(file, any_architecture=True).record["tokenizer"] is None
     line = refusal(*asked(file), unchanged=[file.parent, place])
-    assert "small.gguf has no tokenizer, and text has tokens of gpt2" in line
+    assert "transformers does not make the tokenizer of" in line and "gpt2" not in line
     outcome = call(*asked(file, data={"tokenizer": byte_level}))
     assert outcome.code == 0, outcome
 

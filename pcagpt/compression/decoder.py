@@ -341,12 +341,26 @@ class Decoder:
     def _check_head(self) -> None:
         """UserError unless the plain product gives the model's own probabilities.
 
-        These must not depend on later tokens.
+        These must not depend on later tokens, nor on more of a token than its row.
         """
         name, size = type(self.model).__name__, len(self._embedding.weight)
+        reads_more = UserError(
+            f"{self.folder}: {name} reads more of a token than its row of the table, "
+            "such as an embedding for each layer; it cannot be measured"
+        )
+        config = self.model.config.get_text_config()
+        if getattr(config, "hidden_size_per_layer_input", 0):
+            # To find the ids, Gemma compares with all rows, which takes gigabytes.
+            raise reads_more
+        if self.model.base_model is self.model:
+            raise UserError(
+                f"{self.folder}: transformers does not say which part of {name} "
+                "computes the hidden states before its head; it cannot be measured"
+            )
         # Two at least: a later token must not change the logits of an earlier one.
         length = max(2, min(8, self.window))
-        tokens_BT = torch.arange(length, device=self.device)[None] % size
+        # No token is the number of its place, which may stand for its row.
+        tokens_BT = torch.arange(length, 0, -1, device=self.device)[None] // 2 % size
         other_BT = tokens_BT.clone()
         other_BT[:, -1] = (other_BT[:, -1] + 1) % size
         try:
@@ -356,9 +370,8 @@ class Decoder:
                     for one_BT in (tokens_BT, other_BT)
                 )
                 own_nV, other_nV = own_nV.log_softmax(1), other_nV.log_softmax(1)
-                found_nV = self._log_probabilities(
-                    self._hidden(tokens_BT), self._head.weight
-                )
+                h_ND = self._hidden(tokens_BT)
+                found_nV = self._log_probabilities(h_ND, self._head.weight)
                 near = LOGITS_AGREE * own_nV.abs().max()
                 is_product = bool((found_nV - own_nV).abs().max() <= near)
                 is_causal = bool((other_nV - own_nV)[:-1].abs().max() <= near)
@@ -380,3 +393,18 @@ class Decoder:
                 f"{self.folder}: {name} reads the tokens that it should predict; give "
                 "a causal language model"
             )
+        if not self._reads_rows_alone(tokens_BT, h_ND):
+            raise reads_more
+
+    def _reads_rows_alone(self, tokens_BT: torch.Tensor, h_ND: torch.Tensor) -> bool:
+        """Whether the hidden states stay if each place has a row of its own."""
+        rows_ND = self._embedding.weight[tokens_BT.reshape(-1)]
+        places_BT = torch.arange(tokens_BT.numel(), device=self.device)[None]
+        try:
+            with torch.inference_mode(), self._embedding_of(rows_ND):
+                change_ND = self._hidden(places_BT) - h_ND
+        except (*OF_NO_FILE, torch.OutOfMemoryError):
+            raise
+        except Exception:  # A model that looks rows up may find some twice, or none.
+            return False
+        return bool(change_ND.abs().max() <= LOGITS_AGREE * h_ND.abs().max())

@@ -12,8 +12,9 @@ from pcagpt.errors import OF_NO_FILE, UserError, unreadable
 from pcagpt.file_hashes import read_once
 
 ENDING = ".gguf"
-_TOKENIZER, _TOKENS = "tokenizer.ggml.", "tokenizer.ggml.tokens"
-END = f"{_TOKENIZER}eos_token_id"  # field: the id that ends a text
+TOKENIZER = "tokenizer.ggml."  # begins the fields of the tokenizer
+_TOKENS = f"{TOKENIZER}tokens"
+END = f"{TOKENIZER}eos_token_id"  # field: the id that ends a text
 
 
 @contextlib.contextmanager
@@ -52,6 +53,7 @@ class TokenizerFields(NamedTuple):
     """tokens: by id, as the file writes them; end: the id that ends a text.
 
     merges: texts like "a b", in their order; None if the file has none.
+    others: what else the file says, by name.
     """
 
     tokens: list[str]
@@ -59,6 +61,7 @@ class TokenizerFields(NamedTuple):
     kind: tuple[str | None, str | None]  # the model, and the pattern
     sha256: str
     merges: list[str] | None
+    others: dict[str, Any]
 
 
 @read_once
@@ -97,14 +100,15 @@ def header(path: Path) -> Header:
 def tokenizer_fields(path: Path) -> TokenizerFields:
     """What a file says of its tokenizer; UserError if it has none."""
     fields = header(path).fields
-    own = {name: v for name, v in fields.items() if name.startswith(_TOKENIZER)}
+    own = {name: v for name, v in fields.items() if name.startswith(TOKENIZER)}
     tokens, end = own.get(_TOKENS), own.get(END)
     if not isinstance(tokens, list) or not tokens:
         raise UserError(
             f"{path} has no tokenizer: name its tokenizer.json as "
             "--config.data.tokenizer"
         )
-    kind = own.get(f"{_TOKENIZER}model"), own.get(f"{_TOKENIZER}pre")
+    kind = own.get(f"{TOKENIZER}model"), own.get(f"{TOKENIZER}pre")
     sha256 = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode())
-    merges = own.get(f"{_TOKENIZER}merges")
-    return TokenizerFields(tokens, end, kind, sha256.hexdigest(), merges)
+    merges = own.get(f"{TOKENIZER}merges")
+    others = {name.removeprefix(TOKENIZER): value for name, value in own.items()}
+    return TokenizerFields(tokens, end, kind, sha256.hexdigest(), merges, others)

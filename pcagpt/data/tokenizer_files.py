@@ -1,8 +1,8 @@
 """Tokenizers in a person's files: Hugging Face's, those in GGUF, or tiktoken's ranks.
 
 Hugging Face's are tokenizer.json, or vocab.json and merges.txt; the package
-`tokenizers` runs them. transformers makes one of what a GGUF file has. Ranks
-(.tiktoken) must be for GPT-2's pattern.
+`tokenizers` runs them. transformers makes one of what a GGUF file has
+(`gguf_tokenizer`). Ranks (.tiktoken) must be for GPT-2's pattern.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from typing import Any
 
 import tiktoken
 
-from pcagpt.data import gguf_header
+from pcagpt.data import gguf_header, gguf_tokenizer
 from pcagpt.data.file_tokenizer import FileTokenizer, naming
 from pcagpt.data.tokenizer import END_OF_TEXT, Numbering, encoding_from_ranks
 from pcagpt.data.tokenizer_settings import (
@@ -33,7 +33,7 @@ from pcagpt.data.vocabulary_files import (
     ids_by_text,
     ranks_in,
 )
-from pcagpt.errors import OF_NO_FILE, UserError
+from pcagpt.errors import UserError
 from pcagpt.file_hashes import sha256_of_file
 from pcagpt.files import odd_kind
 
@@ -70,7 +70,11 @@ def describe(file: Path) -> Numbering:
     """
     if file.suffix == gguf_header.ENDING:
         fields = gguf_header.tokenizer_fields(file)
-        return Numbering(len(fields.tokens), fields.sha256)
+        sha256 = fields.sha256
+        if gguf_tokenizer.is_changed(fields):
+            # Earlier versions left it as transformers makes it.
+            sha256 = hashlib.sha256(f"{sha256} changed".encode()).hexdigest()
+        return Numbering(len(fields.tokens), sha256)
     sha256 = sha256_of_file(file)
     if file.name == VOCAB:
         check_kind(file)
@@ -105,7 +109,7 @@ def load(file: Path) -> tiktoken.Encoding | FileTokenizer:
             "pip install 'pcagpt[hf]'"
         ) from None
     if file.suffix == gguf_header.ENDING:
-        return _of_gguf(file)
+        return gguf_tokenizer.load(file)
     if file.name == VOCAB:
         check_kind(file)
     with naming(file):
@@ -123,32 +127,6 @@ def load(file: Path) -> tiktoken.Encoding | FileTokenizer:
     texts = (END_OF_TEXT, end_beside(file))
     ends = (id_of_text[text] for text in texts if text in id_of_text)
     return FileTokenizer(file, made, id_of_text.values(), next(ends, None))
-
-
-def _of_gguf(file: Path) -> FileTokenizer:
-    """What transformers makes of the tokenizer in a file; UserError if it cannot."""
-    fields, id_of_text = gguf_header.tokenizer_fields(file), ids_by_text(file)
-    try:
-        import transformers
-
-        with gguf_header.alone(file) as folder:
-            made = transformers.AutoTokenizer.from_pretrained(
-                str(folder),
-                gguf_file=file.name,
-                local_files_only=True,
-                trust_remote_code=False,
-            ).backend_tokenizer
-    except OF_NO_FILE:
-        raise
-    # The package and what it calls raise errors of many types.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"transformers makes no tokenizer of {file} ({reason}): name its "
-            f"{WHOLE} as --config.data.tokenizer"
-        ) from None
-    end = id_of_text.get(END_OF_TEXT, fields.end)
-    return FileTokenizer(file, made, range(len(fields.tokens)), end)
 
 
 def _byte_level(tokenizers: Any, file: Path) -> Any:

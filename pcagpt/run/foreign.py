@@ -212,12 +212,13 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 def _tokenizer_of(folder: Path) -> str | None:
     """The tokenizer that comes with a model; None without one that can be used."""
-    name = vocabulary.in_folder(folder)
-    if name and gguf_model.is_model(folder):
-        try:
-            vocabulary.load(name)
-        except UserError:
-            return None
+    if not gguf_model.is_model(folder):
+        return vocabulary.in_folder(folder)
+    try:
+        name = vocabulary.name_of(str(folder))
+        vocabulary.load(name)
+    except UserError:  # `OwnTokens.check_is_told` repeats it if it matters.
+        return None
     return name
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pcagpt.config.schema import DataSettings
-from pcagpt.data import vocabulary
+from pcagpt.data import gguf_header, vocabulary
 from pcagpt.data.characters import CharacterTokenizer
 from pcagpt.data.corpus import Corpus
 from pcagpt.data.meta import CorpusInfo
@@ -223,6 +223,8 @@ class OwnTokens:
         if any(self.record.get(name) for name in known) or asked != "auto":
             return
         if corpus.tokenizer:
+            if self.folder.suffix == gguf_header.ENDING and self.folder.is_file():
+                vocabulary.load(str(self.folder))  # Says why it was not taken.
             is_model = "model" in self.record  # Factors are not.
             remedy = "put the model's tokenizer.json there, or, " if is_model else ""
             raise UserError(
