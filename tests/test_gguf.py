@@ -24,7 +24,13 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from pcagpt.compression import open_decoder
 from pcagpt.compression.decoder import Decoder
-from pcagpt.data import file_tokenizer, gguf_header, tokenizer_files, vocabulary
+from pcagpt.data import (
+    file_tokenizer,
+    gguf_header,
+    gguf_tokenizer,
+    tokenizer_files,
+    vocabulary,
+)
 from pcagpt.errors import UserError
 from pcagpt.run import fingerprint, foreign
 from pcagpt.run.trained import Run
@@ -165,6 +171,18 @@ def test_its_text_is_cut_as_it_names_it(byte_level, tmp_path):
         assert of_gpt2.encode(one).ids != of_llama.encode(one).ids
 
 
+def test_a_name_of_gpt_2s_cut_is_obeyed_whatever_transformers_makes_of_it(
+    byte_level, tmp_path, monkeypatch
+):
+    """Older versions cut as the architecture does."""
+    other, wanted = (Tokenizer.from_file(str(byte_level)) for _ in range(2))
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    monkeypatch.setattr(gguf_tokenizer, "_made", lambda _: other)
+    gguf_files.write(tmp_path / "own.gguf", byte_level)
+    found = vocabulary.load(str(tmp_path / "own.gguf"))
+    assert found.encode(HARD_TEXT) == wanted.encode(HARD_TEXT).ids
+
+
 @pytest.mark.parametrize("prefix", [None, True, False])
 def test_a_space_before_a_text_is_put_or_not_as_it_says(prefix, tmp_path):
     tokenizer_folders.byte_fallback(tmp_path)
@@ -172,9 +190,11 @@ def test_a_space_before_a_text_is_put_or_not_as_it_says(prefix, tmp_path):
     path = tmp_path / "own.gguf"
     gguf_files.write_sentencepiece(path, theirs, {"add_space_prefix": prefix})
     wanted, found = Tokenizer.from_file(str(theirs)), vocabulary.load(str(path))
+    texts = ["the people", TEXT, "日本  the\n\n the "]
     if prefix is False:
         wanted.normalizer = normalizers.Replace(" ", "▁")
-    for text in ("the people", TEXT, "日本  the\n\n the "):
+        texts += [" the", "  the"]
+    for text in texts:
         assert found.encode(text) == wanted.encode(text).ids
         assert found.decode(found.encode(text)) == text
     fields = gguf_header.tokenizer_fields(path)
