@@ -46,11 +46,18 @@ def write_sentencepiece(path, tokenizer, says, architecture="llama"):
 
 
 def write(
-    path, tokenizer, is_tied=True, quantized=True, scaled=False, says=None, **fields
+    path,
+    tokenizer,
+    is_tied=True,
+    quantized=True,
+    scaled=False,
+    says=None,
+    lacks=None,
+    **fields,
 ):
     """Writes a random Llama with the tokens of a byte-level tokenizer.json.
 
-    says: fields of the tokenizer, for `add_tokenizer_fields`.
+    says: fields of the tokenizer, for `add_tokenizer_fields`. lacks: a field to omit.
     fields: numbers beside those of the model, such as split_count for split.count, with
     __ for _; arrays among them become tensors.
     Returns {name in the file: float32 array as transformers must read it}.
@@ -110,6 +117,8 @@ def write(
         else:
             key = name.replace("__", " ").replace("_", ".").replace(" ", "_")
             writer.add_uint16(key, value)
+    if lacks:
+        del writer.kv_data[0][lacks]
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

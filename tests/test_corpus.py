@@ -860,7 +860,8 @@ def test_tokenizer_may_be_given_for_a_folder_that_names_none(folder, cache):
 @pytest.mark.parametrize("meta", ["meta.json", "meta.pkl"])
 def test_the_width_of_ids_is_that_of_the_file(folder, cache, stored, vocab_size, meta):
     ids = np.arange(1, 9000) % 65
-    ids[:1000] = 0  # The beginning does not tell.
+    ids[:5000] = 0  # The beginning does not tell.
+    ids[:5000:900] = 1  # It was filled.
     write_tokens(folder, ids, stored=stored)
     known = {"vocab_size": vocab_size}
     written = json.dumps(known).encode() if meta[-1] == "n" else pickle.dumps(known)
@@ -1103,10 +1104,47 @@ def test_parts_that_were_not_filled_are_refused(
     for chunk in (1 << 12, 1 << 22):  # Holes go on in the next piece.
         monkeypatch.setattr(content, "_CHUNK_BYTES", chunk)
         write_tokens(folder, ids, stored=stored, **size)
-        refused(folder, cache, r"zeros in a row, .*not filled \(the first at id ")
+        refused(folder, cache, r"at least [0-9,]+ zeros in a row near id .*not filled")
     meta = {"dtype": "uint16" if stored == "<u2" else "uint32"}
     write_tokens(folder, ids, stored=stored, **size, **meta, tokens={"train": 100_000})
     assert len(open_corpus(str(folder), cache).tokens("train")) == 100_000
+
+
+def test_a_few_padded_documents_are_no_file_that_was_not_filled(folder, cache):
+    for count in (4, 8, 17):
+        documents = [
+            [*text_ids()[: 900 + 190 * n], *[0] * (3196 - 190 * n)]
+            for n in range(count)
+        ]
+        ids = np.concatenate(documents)
+        write_tokens(folder, ids, **BARE)
+        assert len(open_corpus(str(folder), cache).tokens("train")) == len(ids)
+    for zeros, words in ((1023, None), (1088, "zeros in a row near id")):
+        ids = np.array(text_ids())[:20_000] % 4000 + 1
+        ids[3200 : 3200 + zeros] = 0
+        write_tokens(folder, ids, **BARE)
+        if words:
+            refused(folder, cache, words)
+        else:
+            assert len(open_corpus(str(folder), cache).tokens("train")) == len(ids)
+
+
+def test_long_series_of_zeros_are_found_over_the_borders_of_pieces(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(content, "_CHUNK_BYTES", 640)
+    words = np.ones(64 * 1000, np.uint8)
+    wanted = []
+    for n in range(40):  # More than are kept; the longest are at the end.
+        start = 64 * (9 + 20 * n)  # In the last block of a piece, and beyond it.
+        stop = start + 64 * (1 + n // 3)
+        words[start:stop] = 0
+        wanted.append([start, stop])
+    words.tofile(tmp_path / "train.bin")
+    found = content._read(tmp_path / "train.bin").zeros
+    assert len(found) == 32
+    assert found == [one for one in wanted if one in found]
+    assert found[-20:] == wanted[-20:]
 
 
 def test_unusual_ids_are_not_taken_for_another_layout(folder, cache):

@@ -393,6 +393,12 @@ def test_a_model_without_a_tokenizer_gets_no_tokens_of_another_unasked(model, pl
         knobs = {"init": {"weights_from": start}, "model": SMALL} | teacher
         line = refusal(*tiny("recover.py", "tokens", **knobs), unchanged=[model])
         assert f"{model} has no tokenizer, and tokens has tokens of gpt2" in line
+    # A text gets the tokenizer of the start; nobody asked for the teacher's.
+    for split in ("train", "val"):
+        (place / "text").mkdir(exist_ok=True)
+        (place / "text" / f"{split}.txt").write_text("A line of text.\n" * 99 + split)
+    line = refusal(*tiny("recover.py", "text", **knobs), unchanged=[model])
+    assert f"{model} has no tokenizer, and {other} has one: if both have" in line
     assert call(*tiny("factorize.py", "tokens", **asked, ranks=4)).code == 0
     [table] = (place / "checkpoints").rglob("wte*k4.npy")
     sizes = {"n_embd_wte": 4, "vocab_size": 60000}

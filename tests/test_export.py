@@ -337,10 +337,18 @@ def test_the_card_of_a_model_trained_further_names_where_it_started(tmp_path):
         )
         shutil.rmtree(run)
         shutil.rmtree(tmp_path / "exported")
-    record["init"] = {"weights_from": "runs/gpt_baseline/ckpt/375"}
-    run = write_run(tmp_path / "run", record=record)
-    card = (run_export(run, tmp_path) / "README.md").read_text()
-    assert "all weights of gpt_baseline, step 375, trained further" in card
+    for start, named in (
+        ("runs/gpt_baseline/ckpt/375", "gpt_baseline, step 375"),
+        ("ckpt/375", "375"),
+        (".", "."),
+        ("/model", "model"),
+    ):
+        record["init"] = {"weights_from": start}
+        run = write_run(tmp_path / "run", record=record)
+        card = (run_export(run, tmp_path) / "README.md").read_text()
+        assert f"all weights of {named}, trained further" in card
+        shutil.rmtree(run)
+        shutil.rmtree(tmp_path / "exported")
 
 
 def test_the_card_shows_no_loss_of_weights_that_were_replaced(tmp_path, corpus_folder):

@@ -212,6 +212,9 @@ def test_a_space_that_gemma_would_not_put_is_refused(tmp_path):
         )
         if not prefix:
             assert len(vocabulary.load(str(path)).encode("the")) == 2  # "th", "e"
+            # It is as transformers makes it, as in earlier versions.
+            own = gguf_header.tokenizer_fields(path).sha256
+            assert vocabulary.describe(str(path)).sha256 == own
     with pytest.raises(UserError, match=r"add_space_prefix is True\): name the"):
         vocabulary.load(str(path))
 
@@ -355,6 +358,13 @@ def test_a_part_of_a_model_is_refused(byte_level, tmp_path, place):
         (
             {"llama_rope_scale__linear": 4},
             "scales its positions (llama.rope.scale_linear), which tran",
+        ),
+        *(
+            (
+                {"lacks": f"llama.attention.{name}"},
+                f"does not state llama.attention.{name},",
+            )
+            for name in ("head_count_kv", "layer_norm_rms_epsilon")
         ),
         (
             {"llama_final__logit__softcapping": 30},

@@ -96,6 +96,9 @@ MEANT = {
     "rows_padded_each": lambda: (
         positive(8, 40_000) * (np.arange(40_000) < [[9_000], [20_000]] * 4)
     ),
+    "rank_1": lambda: (
+        random(90_000, 1) * (np.arange(90_000) % 45_000 > 30_000)[:, None]
+    ),
     "vector": lambda: np.r_[random(999), np.zeros(99_999), random(999)],
 }
 

@@ -358,7 +358,7 @@ class Decoder:
                 "computes the hidden states before its head; it cannot be measured"
             )
         # Two at least: a later token must not change the logits of an earlier one.
-        length = max(2, min(8, self.window))
+        length = max(2, min(8, self.window) // 2 * 2)
         # No token is the number of its place, which may stand for its row.
         tokens_BT = torch.arange(length, 0, -1, device=self.device)[None] // 2 % size
         other_BT = tokens_BT.clone()

@@ -40,6 +40,9 @@ _SCALES = (
     ".rope.scaling.attn_factor",
     ".rope.scale_linear",
 )
+# Without them, transformers leaves the rows of queries and keys in llama.cpp's order,
+# or takes an epsilon of its own.
+_NEEDED = {"llama": ("attention.head_count_kv", "attention.layer_norm_rms_epsilon")}
 # Its fields that change no loss, or that the shapes of its tensors tell.
 _TOLD = {
     "attention.head_count",
@@ -266,6 +269,13 @@ def _check_header(model: Any, path: Path) -> None:
             f"{path} scales its positions ({scaled[0]}), which transformers does not "
             "read from GGUF: give the folder with its model.safetensors"
         )
+    architecture = fields.get("general.architecture")
+    for name in _NEEDED.get(architecture, ()):
+        if f"{architecture}.{name}" not in fields:
+            raise UserError(
+                f"{path} does not state {architecture}.{name}, so transformers would "
+                "compute another model: give the folder with its model.safetensors"
+            )
     if field := _unheeded(model.config, fields):
         raise UserError(
             f"{path} has {field}, which transformers does not read from GGUF, so its "

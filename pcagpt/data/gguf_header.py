@@ -53,7 +53,7 @@ class TokenizerFields(NamedTuple):
     """tokens: by id, as the file writes them; end: the id that ends a text.
 
     merges: texts like "a b", in their order; None if the file has none.
-    others: what else the file says, by name.
+    others: all that the file says, by name.
     """
 
     tokens: list[str]

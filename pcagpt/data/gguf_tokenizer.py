@@ -34,10 +34,12 @@ _HEEDED = re.compile(
 _PREFIX = "add_space_prefix"
 
 
-def is_changed(fields: TokenizerFields) -> bool:
+def is_changed(file: Path) -> bool:
     """Whether `load` does not leave the tokenizer as transformers makes it."""
-    kind, pre = fields.kind
-    is_plain = kind == "llama" and fields.others.get(_PREFIX) is False
+    fields = gguf_header.tokenizer_fields(file)
+    (kind, pre), of_file = fields.kind, gguf_header.header(file).fields
+    has_prefix = not str(of_file.get("general.architecture")).startswith("gemma")
+    is_plain = kind == "llama" and has_prefix and fields.others.get(_PREFIX) is False
     return is_plain or (kind == "gpt2" and pre in _WHOLE_PIECES)
 
 

@@ -24,7 +24,7 @@ _ENOUGH_BYTES = 128  # Shorter files do not show their width reliably.
 _FEW_BYTES = 32  # enough to doubt that uint16 ids are 0 at every second place
 _SAMPLE, _SAMPLES = 1024, 16  # rows of 8 bytes, number of samples
 _LONG_END = 1024  # zeros
-_MOST_HOLES = 16  # of a file that was not filled; padding has more
+_MOST_HOLES = 3  # of a file that was not filled; padding has more
 # Windows of ids that are decoded and encoded again, and the share of all pairs of
 # neighbours that must come back. GPT-2's tokens reach 0.99, other ids at most 0.9.
 _WINDOWS, _WINDOW, _SHARE = 8, 1024, 0.95
@@ -53,7 +53,8 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
       UserError: the file is too short or truncated, holds no ids or an id
         >= vocab_size, or contradicts its meta file.
     """
-    if path.stem not in info.hashes:
+    is_stated = info.dtype is not None and path.stem in info.counts
+    if not is_stated:
         _refuse_foreign(path)
     content = content_of(path, cache_dir)
     if info.hashes.get(path.stem, content.sha256) != content.sha256:
@@ -288,17 +289,18 @@ def _refuse_holes(path: Path, content: Content, dtype: np.dtype) -> None:
 
     They are few, long, and much longer than all other series of zeros.
     """
-    by_length = sorted(content.zeros, key=lambda one: one[0] - one[1])
-    sizes = [stop - start for start, stop in by_length] + [0]
     least = _LONG_END * dtype.itemsize
-    for number, (size, other) in enumerate(pairwise(sizes[: _MOST_HOLES + 1])):
-        if size >= least and size > 4 * max(other, ZERO_BLOCK):
-            start = min(start for start, _ in by_length[: number + 1])
-            raise UserError(
-                f"{path} holds {size // dtype.itemsize:,} zeros in a row, like a file "
-                f"that was not filled (the first at id {start // dtype.itemsize:,}): "
-                f"write its ids again{_if_right(path)}"
-            )
+    holes = [one for one in content.zeros if one[1] - one[0] >= least]
+    others = [stop - start for start, stop in content.zeros if stop - start < least]
+    if not 0 < len(holes) <= _MOST_HOLES:
+        return
+    size = min(stop - start for start, stop in holes)
+    if size > 4 * max(others, default=ZERO_BLOCK):
+        raise UserError(
+            f"{path} holds at least {size // dtype.itemsize:,} zeros in a row near id "
+            f"{holes[0][0] // dtype.itemsize:,}, like a file that was not filled: "
+            f"write its ids again{_if_right(path)}"
+        )
 
 
 def _beyond(path: Path, name: str, info: CorpusInfo) -> UserError:

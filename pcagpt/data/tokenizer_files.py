@@ -71,7 +71,7 @@ def describe(file: Path) -> Numbering:
     if file.suffix == gguf_header.ENDING:
         fields = gguf_header.tokenizer_fields(file)
         sha256 = fields.sha256
-        if gguf_tokenizer.is_changed(fields):
+        if gguf_tokenizer.is_changed(file):
             # Earlier versions left it as transformers makes it.
             sha256 = hashlib.sha256(f"{sha256} changed".encode()).hexdigest()
         return Numbering(len(fields.tokens), sha256)

@@ -320,12 +320,13 @@ def read_table(path: str | Path) -> np.ndarray:
     that was never written.
     """
     path = _checked_file(Path(path))
-    table_VK = read_npy(path)
+    stored = read_npy(path)
+    table_VK = checked_table(stored, str(path))
     if table_VK.any():
-        size, in_rows = path.stat().st_size, table_VK.flags.c_contiguous
-        shape = table_VK.shape if in_rows else table_VK.shape[::-1]
-        refuse_unfilled(path, {"its table": Place(shape, size - table_VK.nbytes, size)})
-    return checked_table(table_VK, str(path))
+        size, in_rows = path.stat().st_size, stored.flags.c_contiguous
+        shape = stored.shape if in_rows else stored.shape[::-1]
+        refuse_unfilled(path, {"its table": Place(shape, size - stored.nbytes, size)})
+    return table_VK
 
 
 def checked_table(table_VK: np.ndarray, what: str) -> np.ndarray:

@@ -155,7 +155,7 @@ def execute(plan: Plan, command: str) -> None:
 def _naming_removed(job: Job, there: set[Path]) -> Iterator[None]:
     """An error in this context becomes that of `_check_sources`, if that is the cause.
 
-    If its own place is gone, the job tells it.
+    If its own place is gone, the job's own error says so.
     """
     is_new = not job.folder.parent.exists()
     try:

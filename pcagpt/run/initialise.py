@@ -165,7 +165,7 @@ def mixed_origins(init: InitSettings) -> str | None:
         return None
     return (
         f"{' and '.join(pair)} are not of one factorization, because they differ in "
-        f"{', '.join(other)}: their product is no table that a method made"
+        f"{', '.join(other)}: their product is not the table of either"
     )
 
 

@@ -199,7 +199,7 @@ def _without_the_rest(file: BinaryIO) -> Any:
     with contextlib.suppress(Exception):  # An error comes again from a plain load.
         _, wanted = _with_storages(file, set())
         stored, found = _with_storages(file, wanted)
-        if found == wanted:  # Otherwise another program wrote the file.
+        if found == wanted:  # Otherwise the file changed in between.
             return stored
     return None
 

@@ -217,10 +217,22 @@ class OwnTokens:
             "the run's own meta file"
         )
 
+    @property
+    def _is_told(self) -> bool:
+        known = ("data", "tokenizer", "characters", "tokenizer_sha256")
+        return any(self.record.get(name) for name in known)
+
+    def check_is_told_beside(self, other: Self) -> None:
+        """Raises UserError if only `other`, another model, tells its tokens."""
+        if not self._is_told and (other._sha256 or other.record.get("characters")):
+            raise UserError(
+                f"{self.folder} has no tokenizer, and {other.folder} has one: if both "
+                "have the same, put its tokenizer.json, or nanoGPT's meta.pkl, there"
+            )
+
     def check_is_told(self, corpus: CorpusInfo, asked: str) -> None:
         """Raises UserError if nothing says that tokens are those of the model."""
-        known = ("data", "tokenizer", "characters", "tokenizer_sha256")
-        if any(self.record.get(name) for name in known) or asked != "auto":
+        if self._is_told or asked != "auto":
             return
         if corpus.tokenizer:
             if self.folder.suffix == gguf_header.ENDING and self.folder.is_file():

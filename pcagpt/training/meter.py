@@ -10,6 +10,7 @@ import jax
 
 from pcagpt.errors import UserError
 from pcagpt.json_files import check_fields
+from pcagpt.model import DEVICE_KNOBS
 from pcagpt.rows import Provenance
 from pcagpt.run import provenance
 from pcagpt.telemetry.metrics import Telemetry
@@ -43,7 +44,9 @@ class History:
         fields["resolved"] = (dict[str, str], None)
         check_fields(stored, fields, "the history of the checkpoint", "delete it")
         known = {name: stored[name] for name in fields if stored.get(name) is not None}
-        knobs = dict.fromkeys(("attention", "kernels"), "unknown")
+        # An unfinished run goes on in its compute dtype.
+        changing = [name for name in DEVICE_KNOBS if name != "compute_dtype"]
+        knobs = dict.fromkeys(changing, "unknown")
         older = {"curve": None, "made_by": provenance.UNKNOWN, "resolved": knobs}
         return cls(**older | known)
 

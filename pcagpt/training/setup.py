@@ -155,6 +155,7 @@ class Setup:
         starts = [Run.open(start).tokens for start in runs if start]
         # The corpus may not say what its ids mean.
         for start in starts + initialise.tokens_of_factors(init):
+            run.tokens.check_is_told_beside(start)
             if not run.tokens.may_share(start):
                 raise UserError(
                     f"distill.teacher: {path} numbers its tokens in another way than "
