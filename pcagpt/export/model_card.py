@@ -149,7 +149,7 @@ def _how_made(record: Mapping[str, Any], step: int | None) -> list[str]:
 
 def _named(start: str) -> str:
     """The name of a run, or of its checkpoint RUN/ckpt/STEP."""
-    *_, run, folder, name = ("", "", *Path(start).parts)
+    *_, run, folder, name = ("", "", "", *Path(start).parts)
     if folder == "ckpt" and run.strip("/"):
         return f"{run}, step {name}"
     return name or start
