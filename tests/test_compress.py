@@ -1817,7 +1817,7 @@ def test_a_recovered_row_tells_the_table_that_its_run_started_from(
     rows = collect.recovered_rows(folder, made, folder / "gpt_baseline")
     assert {name: rows[0][name] for name in table} == table
     assert [rows[1][name] for name in table] == [None, None, None]
-    for row in rows:  # Their runs tell on what and by which code they were trained.
+    for row in rows:  # A run's result names its device, versions and commit.
         result = json_of(folder / row["run"] / "result.json")
         assert all(row[name] == result[name] for name in Provenance.__annotations__)
         assert row["device"]

@@ -53,8 +53,10 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
       UserError: the file is too short or truncated, holds no ids or an id
         >= vocab_size, or contradicts its meta file.
     """
-    is_stated = info.dtype is not None and path.stem in info.counts
-    if not is_stated:
+    stated = info.counts.get(path.stem)
+    # If the meta file states width and count, no guess is made.
+    is_proven = info.dtype is not None and stated is not None
+    if not is_proven:
         _refuse_foreign(path)
     content = content_of(path, cache_dir)
     if info.hashes.get(path.stem, content.sha256) != content.sha256:
@@ -65,7 +67,6 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
         )
     if content.size == 0:
         raise UserError(f"{path} is empty: write its tokens again")
-    stated = info.counts.get(path.stem)
     name = _dtype(path, content, info, cache_dir)
     dtype, highest = DTYPES[name], content.highest[name]
     if highest is None:
@@ -82,8 +83,6 @@ def check_tokens(path: Path, info: CorpusInfo, cache_dir: Path) -> TokenFile:
             'write them again, or correct "tokens"; if pcagpt tokenized a text into '
             f"{path.parent}, delete this folder to have it tokenized again"
         )
-    # If the meta file states width and count, no guess is made.
-    is_proven = info.dtype is not None and stated is not None
     if length == 1:
         raise UserError(
             f"{path} holds a single token: at least 2 are needed, to predict one from "

@@ -172,8 +172,8 @@ def mixed_origins(init: InitSettings) -> str | None:
 def check_tokens(init: InitSettings, corpus: CorpusInfo, asked: str) -> None:
     """Raises UserError if the rows of imported factors are of other tokens.
 
-    It also raises if nothing says of which tokens. `asked` is the tokenizer that was
-    asked for.
+    It also raises if nothing says which tokens these are. `asked` is the tokenizer that
+    the person named, or 'auto'.
     """
     for tokens in tokens_of_factors(init):
         tokens.check_is_told(corpus, asked)
