@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from runs import gpt_config
 
 from pcagpt import kernels
 from pcagpt.kernels import norm
-from pcagpt.kernels.mosaic import attention, mlp, product
+from pcagpt.kernels.mosaic import attention, mlp
 from pcagpt.kernels.mosaic import launch as mosaic_launch
 from pcagpt.kernels.mosaic import low_rank_head as mosaic_head
 from pcagpt.kernels.mosaic import norm as mosaic_norm
@@ -322,17 +323,6 @@ def test_mlp_and_its_gradients(width, monkeypatch):
         assert_near(*exact(of_a), np.asarray(wanted), 2 * HALF.rounded)
 
 
-def test_sum_of_products(monkeypatch):
-    monkeypatch.setattr(mosaic_launch, "multiprocessors", lambda: 5)
-    lefts = [random_array(i, 384, 192, dtype=jnp.bfloat16) for i in range(3)]
-    rights = [random_array(i, 512, 192, dtype=jnp.bfloat16) for i in range(3, 6)]
-    found = jax.jit(product.sum_of_products)(lefts, rights)
-    pairs = zip(exact(*lefts), exact(*rights), strict=True)
-    wanted = sum(left @ right.T for left, right in pairs)
-    assert found.dtype == jnp.bfloat16
-    assert_near(*exact(found), wanted, HALF.rounded)
-
-
 def test_mosaic_gelu_far_from_0_is_0_or_its_input_and_its_gradient_0_or_1():
     h = jnp.asarray([-1e4, -60.0, 60.0, 1e4])
     np.testing.assert_array_equal(
@@ -340,47 +330,75 @@ def test_mosaic_gelu_far_from_0_is_0_or_its_input_and_its_gradient_0_or_1():
     )
 
 
-def exact_attention(q_BTHC, k_BTHC, v_BTHC):
+def exact_attention(qkv_NX, length, heads):
+    q_BTHC, k_BTHC, v_BTHC = (
+        third.reshape(-1, length, heads, 64) for third in jnp.split(qkv_NX, 3, axis=1)
+    )
     logits_BHts = jnp.einsum("bthc,bshc->bhts", q_BTHC, k_BTHC) / np.sqrt(64)
-    mask_ts = jnp.tri(q_BTHC.shape[1], dtype=bool)
+    mask_ts = jnp.tri(length, dtype=bool)
     p_BHts = jax.nn.softmax(jnp.where(mask_ts, logits_BHts, -jnp.inf))
-    return jnp.einsum("bhts,bshc->bthc", p_BHts, v_BTHC)
+    return jnp.einsum("bhts,bshc->bthc", p_BHts, v_BTHC).reshape(len(qkv_NX), -1)
 
 
 # A program has two heads, or two pairs of tiles; several sequences; large logits.
 @pytest.mark.parametrize(
     ("batch", "length", "heads", "scale"), [(2, 256, 2, 1.0), (1, 512, 1, 4.0)]
 )
-def test_attention_and_its_gradients(batch, length, heads, scale, monkeypatch):
+def test_attention_and_its_gradient(batch, length, heads, scale, monkeypatch):
     monkeypatch.setattr(mosaic_launch, "multiprocessors", lambda: 2)
-    shape = batch, length, heads, 64
-    q, k, v, of_y = (
-        random_array(i, *shape, dtype=jnp.bfloat16, scale=scale if i < 2 else 1.0)
-        for i in range(4)
-    )
-    assert attention.fits(shape, jnp.bfloat16)
-    found, pull = jax.vjp(jax.jit(attention.attention), q, k, v)
-    gradients = pull(of_y)
+    shape, sizes = (batch * length, heads * 64), (length, heads)
+    thirds = [random_array(i, *shape, scale=scale if i < 2 else 1.0) for i in range(3)]
+    qkv = jnp.concatenate(thirds, axis=1).astype(jnp.bfloat16)
+    of_y = random_array(3, *shape, dtype=jnp.bfloat16)
+    assert attention.fits((batch, length, heads, 64), jnp.bfloat16)
+    found, pull = jax.vjp(jax.jit(lambda qkv: attention.attention(qkv, *sizes)), qkv)
+    (gradient,) = pull(of_y)
     with jax.enable_x64(True):
-        *wide, wide_of_y = (jnp.asarray(array) for array in exact(q, k, v, of_y))
-        wanted, pull = jax.vjp(exact_attention, *wide)
-        wanted_gradients = pull(wide_of_y)
+        wide, wide_of_y = (jnp.asarray(array) for array in exact(qkv, of_y))
+        wanted, pull = jax.vjp(lambda qkv: exact_attention(qkv, *sizes), wide)
+        (wanted_gradient,) = pull(wide_of_y)
+    assert found.dtype == gradient.dtype == jnp.bfloat16
     for one, wanted_one in zip(
-        (found, *gradients), (wanted, *wanted_gradients), strict=True
+        (found, *jnp.split(gradient, 3, axis=1)),
+        (wanted, *jnp.split(wanted_gradient, 3, axis=1)),
+        strict=True,
     ):
-        assert one.dtype == jnp.bfloat16
         (one,), wanted_one = exact(one), np.asarray(wanted_one)
         assert_near(one, wanted_one, 2 * HALF.rounded)
         # Each tile: an error in one of many is small beside all of them.
-        for tile in np.split(np.arange(length), length // attention.HALF):
-            assert_near(one[:, tile], wanted_one[:, tile], 4 * HALF.rounded)
+        for tile in np.split(np.arange(len(one)), len(one) // attention.HALF):
+            assert_near(one[tile], wanted_one[tile], 4 * HALF.rounded)
 
 
-def test_a_model_has_this_attention():
-    q, k, v = (random_array(i, 1, 256, 1, 64, dtype=jnp.bfloat16) for i in range(3))
-    found = block._causal_attention(q, k, v, "mosaic")
-    wanted = block._causal_attention(q, k, v, "xla")
-    assert_near(*exact(found, wanted), 2 * HALF.rounded)
+def attention_layer(implementation, **sizes):
+    sizes = {"n_embd": 128, "n_head": 2, "block_size": 256} | sizes
+    precision = {"compute_dtype": "bfloat16", "attention": implementation}
+    return block.Attention(gpt_config(**sizes, **precision))
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_model_has_this_attention(keeps):
+    """The same values, gradients, and keys and values for decoding as XLA's form."""
+    x_ND = random_array(0, 512, 128, dtype=jnp.bfloat16)
+    parameters = attention_layer("xla").init(jax.random.key(0), x_ND, 256, True)
+    parameters = jax.tree.map(  # Biases begin with zeros.
+        lambda a: a + 0.1 * random_array(1, *a.shape), parameters
+    )
+
+    def outcome(implementation):
+        def run(parameters, x_ND):
+            (y_ND, bias_D), kept = attention_layer(implementation).apply(
+                parameters, x_ND, 256, True, mutable=["cache"] if keeps else []
+            )
+            return (y_ND + bias_D).astype(jnp.float32), kept
+
+        y_ND, pull, kept = jax.vjp(run, parameters, x_ND, has_aux=True)
+        return jax.tree.leaves((y_ND, pull(jnp.cos(y_ND)), kept))
+
+    found, wanted = outcome("mosaic"), outcome("xla")
+    assert len(found) == 6 + 2 * keeps
+    for one, wanted_one in zip(found, wanted, strict=True):
+        assert_near(*exact(one, wanted_one), 3 * HALF.rounded)
 
 
 @pytest.mark.parametrize(("length", "width"), [(128, 64), (384, 64), (256, 128)])
@@ -391,8 +409,9 @@ def test_attention_of_other_sizes_is_cudnns(length, width, monkeypatch):
         "dot_product_attention",
         lambda q, *rest, implementation, **more: asked.append(implementation) or q,
     )
-    q = jnp.zeros((1, length, 1, width), jnp.bfloat16)
-    block._causal_attention(q, q, q, "mosaic")
+    layer = attention_layer("mosaic", n_embd=width, n_head=1, block_size=length)
+    x_ND = jnp.zeros((length, width), jnp.bfloat16)
+    layer.init_with_output(jax.random.key(0), x_ND, length, True)
     assert asked == ["cudnn"]
 
 
@@ -513,14 +532,10 @@ def test_mosaic_kernels_of_eight_devices_work_on_their_own_rows(monkeypatch):
         # Of three vectors in one array, for each norm.
         assert program.count("all_reduce") == 6
         assert "tensor<2x256xbf16>" in program
-        of_attention = jax.grad(lambda *a: attention.attention(*a).sum(), (0, 1, 2))
-        program = lowered(of_attention, *[((16, 256, 2, 64), half, rows)] * 3)
+        of_attention = jax.grad(lambda qkv: attention.attention(qkv, 256, 2).sum())
+        program = lowered(of_attention, ((16 * 256, 3 * 2 * 64), half, rows))
         assert "all_reduce" not in program
-        assert "tensor<512x128xbf16>" in program
-        pairs = [((8 * 128, 256), half, rows)] * 3 + [((256, 256), half, whole)] * 3
-        program = lowered(lambda *a: product.sum_of_products(a[:3], a[3:]), *pairs)
-        assert "tensor<128x256xbf16>" in program
-        assert "all_reduce" not in program
+        assert "tensor<512x384xbf16>" in program
         program = lowered(of_all, x, matrices[0], bias, matrices[1])
         assert program.count("all_reduce") == 1  # of the bias's gradient
         assert "tensor<128x512xbf16>" in program
@@ -617,15 +632,13 @@ def test_every_mosaic_kernel_lowers_for_a_gpu_that_is_not_here(monkeypatch):
             assert kernels_in(lowered(mlp.mlp, *arrays)) == 1
             of_all = jax.grad(lambda *a: mlp.mlp(*a).sum(), argnums=(0, 1, 2, 3))
             assert kernels_in(lowered(of_all, *arrays)) == 2
-        pairs = [((32768, 768), half)] * 3 + [((768, 768), half)] * 3
-        assert product.fits(32768, 768, 768, half)
-        program = lowered(lambda *a: product.sum_of_products(a[:3], a[3:]), *pairs)
-        assert kernels_in(program) == 1
-        heads = ((32, 1024, 12, 64), half)
-        assert attention.fits(*heads)
-        assert kernels_in(lowered(attention.attention, *[heads] * 3)) == 1
-        of_all = jax.grad(lambda *a: attention.attention(*a).sum(), (0, 1, 2))
-        assert kernels_in(lowered(of_all, *[heads] * 3)) == 3
+        assert attention.fits((32, 1024, 12, 64), half)
+        qkv = (32 * 1024, 3 * 12 * 64), half
+        attend = functools.partial(attention.attention, length=1024, heads=12)
+        assert kernels_in(lowered(attend, qkv)) == 1
+        program = lowered(jax.grad(lambda qkv: attend(qkv).sum()), qkv)
+        assert kernels_in(program) == 3
+        assert "output_operand_alias" in program  # Gradients need no second array.
         for width in (768, 2048):
             rows, numbers = ((32768, width), half), ((width,), jnp.float32)
             assert mosaic_norm.fits(width)

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from pcagpt import kernels
@@ -72,9 +73,20 @@ def _backward(epsilon, form, residuals, gradients):
     )
     of_update_TD = gradient_ND
     if len(rows_T) < len(gradient_ND):
-        of_repeats = gradient_ND.reshape(-1, len(rows_T), gradient_ND.shape[1])
-        of_update_TD = of_repeats.sum(axis=0)
+        of_update_TD = _sum_of_repeats(gradient_ND, len(rows_T))
     return gradient_ND, of_update_TD, *of_parameters_3D
 
 
 add_and_norm.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _sum_of_repeats(rows_ND, length: int) -> jax.Array:
+    """The sum over the repeats of `length` rows, [T, D] in the dtype of the rows.
+
+    XLA's sum over the leading axis would take four times as long on a GPU.
+    """
+    repeats = (
+        lax.slice_in_dim(rows_ND, start, start + length).astype(jnp.float32)
+        for start in range(0, len(rows_ND), length)
+    )
+    return functools.reduce(jnp.add, repeats).astype(rows_ND.dtype)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from pcagpt import kernels
 from pcagpt.kernels import norm
-from pcagpt.kernels.mosaic import attention, mlp, product
+from pcagpt.kernels.mosaic import attention, mlp
 from pcagpt.kernels.triton import gelu, one_token
 from pcagpt.model.config import INIT_STD, GPTConfig
 from pcagpt.sharding import inside
@@ -124,20 +124,24 @@ class Attention(nn.Module):
         if position is not None:
             y_ND, bias_D = self._attend_to_cache(x_ND @ kernel, bias, position)
             return _project_back(config, y_ND, bias_D, deterministic)
-        if config.attention == "xla":  # It copies all three in any case.
-            q_ND, k_ND, v_ND = jnp.split(x_ND @ kernel, 3, axis=1)
-        else:
-            q_ND, k_ND, v_ND = _split_product(x_ND, kernel, config.kernels)
         # The key's bias adds the same number to all logits of a query, so the softmax
         # cancels it. Attention weights sum to 1, so the value's bias can be added
         # afterwards. Dropout of the weights breaks this.
         q_bias_D, _, v_bias_D = jnp.split(bias, 3)
         # Without this, XLA splits the bias like the rows of 'proj' and gathers it.
         v_bias_D = inside.whole(v_bias_D)
+        heads = config.n_head, width // config.n_head
+        shape = len(x_ND) // sequence_length, sequence_length, *heads
+        is_mosaic = config.attention == "mosaic" and not drops
+        if is_mosaic and attention.fits(shape, x_ND.dtype):
+            return self._attend_in_kernel(x_ND @ kernel, q_bias_D, v_bias_D, shape)
+        if config.attention == "xla":  # It copies all three in any case.
+            q_ND, k_ND, v_ND = jnp.split(x_ND @ kernel, 3, axis=1)
+        else:
+            q_ND, k_ND, v_ND = _split_product(x_ND, kernel)
         q_ND = _add_bias(q_ND, q_bias_D)
         if drops:
             v_ND, v_bias_D = _add_bias(v_ND, v_bias_D), None
-        shape = -1, sequence_length, config.n_head, width // config.n_head
         q_BTHC, k_BTHC, v_BTHC = (a_ND.reshape(shape) for a_ND in (q_ND, k_ND, v_ND))
         if drops:
             # Fused attention cannot drop probabilities; flax's plain form can.
@@ -153,12 +157,27 @@ class Attention(nn.Module):
                 deterministic=False,
             )
         else:
-            if self.is_mutable_collection("cache") and not self.is_initializing():
-                self._cached("keys", k_BTHC, 0)
-                self._cached("values", v_BTHC, 0)
+            self._fill_cache(k_BTHC, v_BTHC)
             y_BTHC = _causal_attention(q_BTHC, k_BTHC, v_BTHC, config.attention)
         y_ND = y_BTHC.reshape(x_ND.shape)
         return _project_back(config, y_ND, v_bias_D, deterministic)
+
+    def _attend_in_kernel(self, qkv_NX, q_bias_D, v_bias_D, shape):
+        """The update [N, D] of whole sequences, by a kernel that reads one array."""
+        _, length, heads, _ = shape
+        _, k_ND, v_ND = jnp.split(qkv_NX, 3, axis=1)
+        self._fill_cache(k_ND.reshape(shape), v_ND.reshape(shape))
+        qkv_NX = _add_to_queries_and_values(qkv_NX, q_bias_D, v_bias_D)
+        y_ND = attention.attention(qkv_NX, length, heads)
+        proj_DD, bias_D = _projection(self.config)(self.config.n_embd)
+        bias_D = _with_gradient_of_values(bias_D, v_bias_D, proj_DD)
+        return y_ND @ proj_DD, bias_D
+
+    def _fill_cache(self, k_BTHC, v_BTHC) -> None:
+        """Writes keys and values without biases to 'cache' if that is mutable."""
+        if self.is_mutable_collection("cache") and not self.is_initializing():
+            self._cached("keys", k_BTHC, 0)
+            self._cached("values", v_BTHC, 0)
 
     def _attend_to_cache(self, qkv_B3D, bias_3D, position):
         """(result [B, D] for one token of each sequence, value bias [D] to be added).
@@ -199,11 +218,9 @@ def _causal_attention(q_BTHC, k_BTHC, v_BTHC, implementation: str) -> jax.Array:
 
     A block of queries reads the keys up to its end only.
     """
-    if implementation == "mosaic":
-        if attention.fits(q_BTHC.shape, q_BTHC.dtype):
-            return attention.attention(q_BTHC, k_BTHC, v_BTHC)
-        implementation = "cudnn"
     if implementation != "xla":
+        # Mosaic's kernel does not fit.
+        implementation = "cudnn" if implementation == "mosaic" else implementation
         return jax.nn.dot_product_attention(
             q_BTHC, k_BTHC, v_BTHC, is_causal=True, implementation=implementation
         )
@@ -222,42 +239,69 @@ def _causal_attention(q_BTHC, k_BTHC, v_BTHC, implementation: str) -> jax.Array:
     return jnp.concatenate(blocks, axis=1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _split_product(x_ND, kernel_DX, backend: str) -> tuple[jax.Array, ...]:
+@jax.custom_vjp
+def _add_to_queries_and_values(qkv_NX, q_bias_D, v_bias_D) -> jax.Array:
+    """Adds the biases to their thirds of the columns, in the same kernel as a product.
+
+    The bias of values gets its gradient from `_with_gradient_of_values`.
+    """
+    biases = q_bias_D, jnp.zeros_like(q_bias_D), v_bias_D
+    return _add_bias(qkv_NX, jnp.concatenate(biases))
+
+
+def _of_queries_bias(width, gradient_NX):
+    of_q_ND = gradient_NX[:, :width].astype(jnp.float32)
+    return gradient_NX, of_q_ND.sum(axis=0), None
+
+
+_add_to_queries_and_values.defvjp(
+    lambda qkv_NX, *biases: (
+        _add_to_queries_and_values(qkv_NX, *biases),
+        len(biases[0]),
+    ),
+    _of_queries_bias,
+)
+
+
+@jax.custom_vjp
+def _with_gradient_of_values(bias_D, v_bias_D, proj_DD) -> jax.Array:
+    """The bias of a projection, which passes a gradient to the bias of its inputs.
+
+    Attention weights sum to 1, so a bias of values is one of the projection's inputs.
+    Its gradient is that of the bias @ proj.T, which no kernel must add up over rows.
+    """
+    del v_bias_D, proj_DD
+    return bias_D
+
+
+_with_gradient_of_values.defvjp(
+    lambda bias_D, v_bias_D, proj_DD: (bias_D, proj_DD),
+    lambda proj_DD, of_bias_D: (of_bias_D, proj_DD @ of_bias_D, None),
+)
+
+
+@jax.custom_vjp
+def _split_product(x_ND, kernel_DX) -> tuple[jax.Array, ...]:
     """The thirds of x @ kernel as three arrays [N, D].
 
     Three products need no copies from one large result. The gradient with respect to x
     is one product instead of three that must be added.
     """
-    del backend
     parts = jnp.split(kernel_DX, 3, axis=1)
-    return tuple(x @ part for x, part in zip(_apart(x_ND), parts, strict=True))
+    # Without the barrier, XLA would merge the products and slice their result.
+    three = jax.lax.optimization_barrier((x_ND,) * 3)
+    return tuple(x @ part for x, part in zip(three, parts, strict=True))
 
 
-def _apart(x_ND) -> tuple[jax.Array, ...]:
-    """x for three products, which XLA would merge to slice their result."""
-    return jax.lax.optimization_barrier((x_ND,) * 3)
-
-
-def _split_product_backward(backend, residuals, gradients):
+def _split_product_backward(residuals, gradients):
     x_ND, kernel_DX = residuals
-    (count, width), dtype = x_ND.shape, x_ND.dtype
-    if backend == "mosaic" and product.fits(count, width, width, dtype):
-        of_x_ND = product.sum_of_products(gradients, jnp.split(kernel_DX, 3, axis=1))
-        of_thirds = [x.T @ g for x, g in zip(_apart(x_ND), gradients, strict=True)]
-        # Without the barrier, the optimizer would update the thirds one after another.
-        of_kernel_DX = jnp.concatenate(of_thirds, axis=1)
-        return of_x_ND, jax.lax.optimization_barrier(of_kernel_DX)
     # Without the barrier, XLA would join the gradients once for each product.
     gradient_NX = jax.lax.optimization_barrier(jnp.concatenate(gradients, axis=1))
     return gradient_NX @ kernel_DX.T, x_ND.T @ gradient_NX
 
 
 _split_product.defvjp(
-    lambda x_ND, kernel_DX, backend: (
-        _split_product(x_ND, kernel_DX, backend),
-        (x_ND, kernel_DX),
-    ),
+    lambda x_ND, kernel_DX: (_split_product(x_ND, kernel_DX), (x_ND, kernel_DX)),
     _split_product_backward,
 )
 

@@ -6,8 +6,11 @@ the gradients of keys and values keeps these. Both kernels for gradients compute
 weights again, as FlashAttention 2 does. They need the mean of the weights' gradients
 under the weights of a query: it is result @ gradient of the result.
 
-Shape letters: B batch, T sequence, N = B*T, H heads, C head width, D = H*C; h rows of
-half of a kept tile, s rows of a streamed tile.
+Queries, keys and values are thirds of one array [N, 3D], and so are their gradients.
+So one product makes all three, and nothing must split or join arrays.
+
+Shape letters: B batch, T sequence, N = B*T, H heads, C head width, D = H*C, X = 3D; h
+rows of half of a kept tile, s rows of a streamed tile.
 """
 
 import functools
@@ -51,71 +54,61 @@ def fits(shape: tuple[int, ...], dtype) -> bool:
 
 
 # XLA cannot differentiate a kernel.
-@jax.custom_vjp
-def attention(q_BTHC, k_BTHC, v_BTHC) -> jax.Array:
-    """Causal attention [B, T, H, C] of bfloat16 arrays of that shape.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def attention(qkv_NX, length: int, heads: int) -> jax.Array:
+    """Causal attention [N, D] in sequences of `length` rows, bfloat16.
 
     Products are added up and the softmax is computed in float32. Weights, and the
     gradients of logits, are rounded to bfloat16 for their products.
     """
-    return _forward(q_BTHC, k_BTHC, v_BTHC)[0]
+    return _results(qkv_NX, length=length, heads=heads)[0]
 
 
-def _forward(q_BTHC, k_BTHC, v_BTHC):
-    y_BTHC, normaliser_BHT = _results(q_BTHC, k_BTHC, v_BTHC)
-    return y_BTHC, (q_BTHC, k_BTHC, v_BTHC, y_BTHC, normaliser_BHT)
+def _forward(qkv_NX, length, heads):
+    y_ND, normaliser_BHT = _results(qkv_NX, length=length, heads=heads)
+    return y_ND, (qkv_NX, y_ND, normaliser_BHT)
 
 
-def _backward(residuals, of_y_BTHC):
-    return _gradients(*residuals, of_y_BTHC)
+def _backward(length, heads, residuals, of_y_ND):
+    del length, heads
+    return _gradient(*residuals, of_y_ND)
 
 
 attention.defvjp(_forward, _backward)
 
 
-@inside.by_device([True] * 3, [True] * 2)
-def _results(q_BTHC, k_BTHC, v_BTHC):
+@inside.by_device([True], [True] * 2)
+def _results(qkv_NX, *, length: int, heads: int):
     """Results, and logarithms to base 2 of the sums of exponentials [B, H, T]."""
-    batch, length, heads, _ = q_BTHC.shape
-    q_ND, k_ND, v_ND = map(_as_rows, (q_BTHC, k_BTHC, v_BTHC))
+    count, batch = len(qkv_NX), len(qkv_NX) // length
+    y_ND = jax.ShapeDtypeStruct((count, heads * WIDTH), qkv_NX.dtype)
     y_ND, normaliser_HT = _run(
         _Forward,
-        _Inputs((q_ND,), (k_ND, v_ND)),
-        results=(_like(q_ND), _numbers(batch * heads, length)),
-        length=length,
+        _Inputs((qkv_NX,), (qkv_NX,) * 2),
+        sizes=Sequences(length, heads, batch * heads),
+        results=(y_ND, _numbers(batch * heads, length)),
     )
-    return y_ND.reshape(q_BTHC.shape), normaliser_HT.reshape(batch, heads, length)
+    return y_ND, normaliser_HT.reshape(batch, heads, length)
 
 
-@inside.by_device([True] * 6, [True] * 3)
-def _gradients(q_BTHC, k_BTHC, v_BTHC, y_BTHC, normaliser_BHT, of_y_BTHC):
-    """Gradients of q, k and v [B, T, H, C]."""
-    arrays = q_BTHC, k_BTHC, v_BTHC, y_BTHC, of_y_BTHC
-    q_ND, k_ND, v_ND, y_ND, of_y_ND = map(_as_rows, arrays)
-    length = q_BTHC.shape[1]
+@inside.by_device([True] * 4, [True])
+def _gradient(qkv_NX, y_ND, normaliser_BHT, of_y_ND):
+    """The gradient of queries, keys and values [N, X]."""
+    _, heads, length = normaliser_BHT.shape
     normaliser_HT = normaliser_BHT.reshape(-1, length)
-    of_q_ND, mean_HT = _run(
+    sizes = Sequences(length, heads, len(normaliser_HT))
+    of_qkv_NX, mean_HT = _run(
         _OfQueries,
-        _Inputs((q_ND, of_y_ND, y_ND), (k_ND, v_ND), (normaliser_HT,)),
-        results=(_like(q_ND), _numbers(*normaliser_HT.shape)),
-        length=length,
+        _Inputs((qkv_NX, of_y_ND, y_ND), (qkv_NX,) * 2, (normaliser_HT,)),
+        sizes=sizes,
+        results=(
+            jax.ShapeDtypeStruct(qkv_NX.shape, qkv_NX.dtype),
+            _numbers(*normaliser_HT.shape),
+        ),
     )
-    of_k_ND, of_v_ND = _run(
-        _OfKeys,
-        _Inputs((k_ND, v_ND), (q_ND, of_y_ND), (), (normaliser_HT, mean_HT)),
-        results=(_like(k_ND), _like(v_ND)),
-        length=length,
-    )
-    return tuple(array.reshape(q_BTHC.shape) for array in (of_q_ND, of_k_ND, of_v_ND))
-
-
-def _as_rows(array_BTHC) -> jax.Array:
-    batch, length, heads, width = array_BTHC.shape
-    return array_BTHC.reshape(batch * length, heads * width)
-
-
-def _like(array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+    numbers = normaliser_HT, mean_HT
+    inputs = _Inputs((qkv_NX,) * 2, (qkv_NX, of_y_ND), (), numbers)
+    return _run(_OfKeys, inputs, sizes=sizes, completes=of_qkv_NX)
 
 
 def _numbers(*shape: int) -> jax.ShapeDtypeStruct:
@@ -123,7 +116,7 @@ def _numbers(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 class _Inputs(NamedTuple):
-    """Arrays [N, D], and numbers [B*H, T] beside them; or where they are in memory."""
+    """Arrays [N, D or X], and numbers [B*H, T] beside them; or where they are."""
 
     kept: Any
     streamed: Any
@@ -132,12 +125,21 @@ class _Inputs(NamedTuple):
 
 
 # All blocks share kernels, which are lowered once.
-@functools.partial(jax.jit, static_argnames=("kind", "results", "length"))
-def _run(kind: type, inputs: _Inputs, *, results: tuple, length: int):
-    count, width = inputs.kept[0].shape
-    heads, dtype = width // WIDTH, inputs.kept[0].dtype
-    sizes = Sequences(length, heads, count // length * heads)
+@functools.partial(jax.jit, static_argnames=("kind", "sizes", "results"))
+def _run(
+    kind: type,
+    inputs: _Inputs,
+    *,
+    sizes: Sequences,
+    results: tuple = (),
+    completes=None,
+) -> tuple:
+    """The results, or the array that the kernel completes."""
     arrays, structure = jax.tree.flatten(inputs)
+    dtype = arrays[0].dtype
+    incomplete = ()
+    if completes is not None:
+        incomplete = (jax.new_ref(completes, memory_space=plgpu.GMEM),)
 
     def body(*references):
         sources = jax.tree.unflatten(structure, references[: len(arrays)])
@@ -174,18 +176,20 @@ def _run(kind: type, inputs: _Inputs, *, results: tuple, length: int):
             outgoing_numbers=launch.shared((HALVES, HALF), jnp.float32),
         )
 
-    return launch.call(
+    found = launch.call(
         body,
         results,
         programs=min(sizes.pairs, launch.multiprocessors()),
         groups=HALVES + 1,
         name=kind.name,
-    )(*arrays)
+    )(*arrays, *incomplete)
+    return tuple(found) + tuple(jax.freeze(array) for array in incomplete)
 
 
 class _Kernel:
     """What all three kernels do.
 
+    *_thirds: which third of the columns each array [N, X] is about; 0 for [N, D].
     streamed: rows of a streamed tile; with 128, gradients do not fit in the registers.
     products: number of products of a kept tile and a streamed one; the first one is of
     queries and keys. sum_of: see `Products`.
@@ -193,6 +197,9 @@ class _Kernel:
 
     name: str
     keeps_keys = False
+    kept_thirds: tuple[int, ...]
+    streamed_thirds = 1, 2
+    result_thirds: tuple[int, ...] = (0,)
     streamed = HALF
     products = 2
     sum_of: tuple[int, ...] = (0,)
@@ -231,8 +238,8 @@ class _Kernel:
         sources, held = self.sources, self.held
 
         def copy_all(turn, positions, tiles, numbers, slot, loaded):
-            place = turn.place(positions)
-            for source, target in zip(*tiles, strict=True):
+            for source, target, third in zip(*tiles, strict=True):
+                place = turn.place(positions, third)
                 plgpu.copy_gmem_to_smem(source.at[place], target.at[slot], loaded)
             for source, target in zip(*numbers, strict=True):
                 of_rows = source.at[turn.head, positions]
@@ -245,7 +252,7 @@ class _Kernel:
                 copy_all,
                 turn,
                 turn.kept(),
-                (sources.kept, held.kept),
+                (sources.kept, held.kept, self.kept_thirds),
                 (sources.kept_numbers, held.kept_numbers),
             )
             self.kept_slots.fill(number, copy)
@@ -256,7 +263,7 @@ class _Kernel:
                     copy_all,
                     turn,
                     turn.met(step),
-                    (sources.streamed, held.streamed),
+                    (sources.streamed, held.streamed, self.streamed_thirds),
                     (sources.streamed_numbers, held.streamed_numbers),
                 )
                 self.slots.fill(turn.before + step, copy)
@@ -283,12 +290,12 @@ class _Kernel:
                 outgoing_numbers[half] = number_h
             plgpu.commit_smem()
             positions = turn.half(half)
-            # The target of numbers comes after those of results.
-            for held, target in zip(outgoing, targets, strict=False):
-                place = target.at[turn.place(positions)]
+            # All results are in one array. The target of numbers comes after it.
+            for held, third in zip(outgoing, self.result_thirds, strict=True):
+                place = targets[0].at[turn.place(positions, third)]
                 plgpu.copy_smem_to_gmem(held.at[half], place)
             if number_h is not None:
-                place = targets[-1].at[turn.head, positions]
+                place = targets[1].at[turn.head, positions]
                 plgpu.copy_smem_to_gmem(outgoing_numbers.at[half], place)
 
     def attend(self, turn: Turn, half, at) -> tuple:
@@ -319,6 +326,7 @@ class _Forward(_Kernel):
     """The forward pass; keeps queries, streams keys and values."""
 
     name = "attention"
+    kept_thirds = (0,)
     streamed = KEPT
     products = 1
     sum_of = (1,)
@@ -351,6 +359,7 @@ class _OfQueries(_Kernel):
     """Gradients of queries; keeps these, the gradients of results, and results."""
 
     name = "attention_of_queries"
+    kept_thirds = 0, 0, 0
 
     def start(self, at) -> tuple:
         """Normalisers, and means of the weights' gradients, [h]."""
@@ -374,6 +383,8 @@ class _OfKeys(_Kernel):
 
     name = "attention_of_keys"
     keeps_keys = True
+    kept_thirds = result_thirds = 1, 2
+    streamed_thirds = 0, 0
     sum_of = (0, 1)
 
     def start(self, at) -> tuple:

@@ -64,7 +64,8 @@ class Turn:
         self._keeps_keys, self._streamed = keeps_keys, streamed
         self._tile = tile if keeps_keys else tiles - 1 - tile
         self._row = lax.div(self.head, sizes.heads) * sizes.length
-        self._columns = pl.ds(lax.rem(self.head, sizes.heads) * WIDTH, WIDTH)
+        self._column = lax.rem(self.head, sizes.heads) * WIDTH
+        self._width = sizes.heads * WIDTH
 
     def kept(self) -> pl.Slice:
         """Positions of the kept tile in its sequence."""
@@ -98,6 +99,7 @@ class Turn:
             row += half * HALF
         return row > column if self._keeps_keys else row < column
 
-    def place(self, positions: pl.Slice) -> tuple:
-        """Rows and columns of positions in an array [N, D]."""
-        return pl.ds(self._row + positions.start, positions.size), self._columns
+    def place(self, positions: pl.Slice, third: int) -> tuple:
+        """Rows and columns of positions in a third of an array [N, X]."""
+        rows = pl.ds(self._row + positions.start, positions.size)
+        return rows, pl.ds(self._column + third * self._width, WIDTH)

@@ -64,7 +64,7 @@ def _gelu_product(x_ND, fc_DF, bias_F, *, keeps_slope: bool):
     def of_rows(x_ND, fc_DF, bias_F):
         result = jax.ShapeDtypeStruct((len(x_ND), fc_DF.shape[1]), x_ND.dtype)
         results = (result,) * (1 + keeps_slope)
-        return product.run((x_ND,), (fc_DF,), bias_F, work=_GELU, results=results)
+        return product.run(x_ND, fc_DF, bias_F, work=_GELU, results=results)
 
     return of_rows(x_ND, fc_DF, bias_F)
 
@@ -79,8 +79,8 @@ def _gradient_product(of_y_ND, proj_FD, slope_NF):
         jax.ShapeDtypeStruct((parts, width), jnp.float32),
     )
     of_h_NF, parts_PF = product.run(
-        (of_y_ND,),
-        (proj_FD,),
+        of_y_ND,
+        proj_FD,
         slope_NF,
         work=_GRADIENT,
         results=results,

@@ -10,7 +10,7 @@ of a tile.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -31,7 +31,7 @@ PIECES = COLUMNS // PIECE
 def fits(rows: int, depth: int, columns: int, dtype) -> bool:
     """Whether a product of these sizes consists of whole tiles of bfloat16.
 
-    `depth`: columns of each left factor.
+    `depth`: columns of the left factor.
     """
     return (
         launch.has_wgmma()
@@ -41,21 +41,6 @@ def fits(rows: int, depth: int, columns: int, dtype) -> bool:
         and columns % COLUMNS == 0
         and columns // COLUMNS <= launch.multiprocessors()
     )
-
-
-def sum_of_products(lefts: Sequence[jax.Array], rights: Sequence[jax.Array]):
-    """The sum of left @ right.T for left [N, D] and right [F, D]: [N, F] bfloat16.
-
-    Each device has its own rows of `lefts`. The sum is in float32.
-    """
-    (sum_NF,) = _sum_of_products(tuple(lefts), tuple(rights))
-    return sum_NF
-
-
-@inside.by_device([True, False], [True])
-def _sum_of_products(lefts, rights):
-    result = jax.ShapeDtypeStruct((len(lefts[0]), len(rights[0])), rights[0].dtype)
-    return run(lefts, rights, work=_STORING, results=(result,), is_transposed=True)
 
 
 class Work(NamedTuple):
@@ -83,37 +68,26 @@ def programs(columns: int) -> tuple[int, int]:
 
 # All blocks share a kernel, which is lowered once.
 @functools.partial(jax.jit, static_argnames=("work", "results", "is_transposed"))
-def run(
-    lefts: tuple,
-    rights: tuple,
-    *further,
-    work: Work,
-    results: tuple,
-    is_transposed: bool = False,
-):
-    """The results of `work` with the sum of left @ right.
+def run(left, right, *further, work: Work, results: tuple, is_transposed: bool = False):
+    """The results of `work` with left @ right.
 
-    results: their shapes and dtypes. is_transposed: each right factor is [F, D] and not
+    results: their shapes and dtypes. is_transposed: the right factor is [F, D] and not
     [D, F]. The weights of a layer are so for its backward pass.
     """
     if is_transposed and launch.is_interpreted():  # It cannot transpose a factor.
-        rights, is_transposed = tuple(right.T for right in rights), False
-    dtype, stages = rights[0].dtype, 4 if work.slots <= 2 else 3
-    depth, width = rights[0].shape[:: -1 if is_transposed else 1]
+        right, is_transposed = right.T, False
+    dtype, stages = right.dtype, 4 if work.slots <= 2 else 3
+    depth, width = right.shape[:: -1 if is_transposed else 1]
 
-    def split(references, count):
-        return references[:count], references[count:]
-
-    def body(*references):
-        left_refs, others = split(references, len(lefts))
-        right_refs, others = split(others, len(rights))
-        further_refs, result_refs = split(others, len(further))
+    def body(left_ref, right_ref, *references):
+        further_refs = references[: len(further)]
+        result_refs = references[len(further) :]
 
         def compute(left_smem, right_smem, slots, **scratch):
-            place = Place(lefts[0].shape[0], depth * len(lefts), width)
+            place = Place(left.shape[0], depth, width)
             factors = left_smem, right_smem, Slots(*slots, stages), is_transposed
             divide_work(
-                lambda: _copy_factors(place, left_refs, right_refs, *factors),
+                lambda: _copy_factors(place, left_ref, right_ref, *factors),
                 lambda: work.finish(
                     place,
                     functools.partial(_multiply, place, *factors),
@@ -140,7 +114,7 @@ def run(
         programs=programs(width)[0],
         groups=HALVES + 1,
         name=work.name,
-    )(*lefts, *rights, *further)
+    )(left, right, *further)
 
 
 class Place:
@@ -176,33 +150,28 @@ def _oriented(is_transposed: bool, rows, columns) -> tuple:
 
 def _copy_factors(
     place: Place,
-    left_refs,
-    right_refs,
+    left_ref,
+    right_ref,
     left_smem,
     right_smem,
     slots: Slots,
     is_transposed: bool,
 ):
-    steps_of_pair = place.steps // len(left_refs)
-
     @pl.loop(0, place.turns)
     def _(turn):
         rows, columns = pl.ds(place.row(turn), ROWS), pl.ds(place.column, COLUMNS)
-        for pair, (left_ref, right_ref) in enumerate(
-            zip(left_refs, right_refs, strict=True)
-        ):
 
-            @pl.loop(0, steps_of_pair)
-            def _(step, pair=pair, left_ref=left_ref, right_ref=right_ref):
-                depth = pl.ds(step * DEPTH, DEPTH)
+        @pl.loop(0, place.steps)
+        def _(step):
+            depth = pl.ds(step * DEPTH, DEPTH)
 
-                def copy(slot, loaded):
-                    at = _oriented(is_transposed, depth, columns)
-                    left, right = left_smem.at[slot], right_smem.at[slot]
-                    plgpu.copy_gmem_to_smem(left_ref.at[rows, depth], left, loaded)
-                    plgpu.copy_gmem_to_smem(right_ref.at[at], right, loaded)
+            def copy(slot, loaded):
+                at = _oriented(is_transposed, depth, columns)
+                left, right = left_smem.at[slot], right_smem.at[slot]
+                plgpu.copy_gmem_to_smem(left_ref.at[rows, depth], left, loaded)
+                plgpu.copy_gmem_to_smem(right_ref.at[at], right, loaded)
 
-                slots.fill(turn * place.steps + pair * steps_of_pair + step, copy)
+            slots.fill(turn * place.steps + step, copy)
 
     slots.drain(place.turns * place.steps)
 
@@ -250,21 +219,6 @@ def _multiply(
 def columns_of(number: int) -> slice:
     """Those of a piece in its tile."""
     return slice(number * PIECE, (number + 1) * PIECE)
-
-
-def _store(place: Place, multiply, results, pieces):
-    """Stores the product as it is."""
-
-    @pl.loop(0, place.turns)
-    def _(turn):
-        product_rc = multiply(turn)
-        for number in range(PIECES):
-            piece_rc = product_rc[:, columns_of(number)]
-            target = results[0].at[place.piece(turn, number)]
-            copy_out(pieces, place.half, number, piece_rc, target)
-
-
-_STORING = Work("sum_of_products", _store, slots=2)
 
 
 def copy_out(pieces, half, count: int, piece_rc, target) -> None:
