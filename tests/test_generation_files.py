@@ -111,6 +111,46 @@ def test_ids_of_a_models_files_end_its_texts(config, own, wanted, tmp_path):
     assert ends(record | {"data": {}}, 0) == trained
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "kept", "lost"),
+    [
+        ("bos_token_id", 97, None, ["97"]),
+        ("eos_token_id", [5, 97, 50256], [5], ["97", "50256"]),
+        ("pad_token_id", -1, None, ["-1"]),
+        ("decoder_start_token_id", 97, None, ["97"]),
+        ("forced_bos_token_id", 98, None, ["98"]),
+        ("forced_eos_token_id", [98], None, ["98"]),
+        ("suppress_tokens", [1, 97], [1], ["97"]),
+        ("begin_suppress_tokens", [97, 2], [2], ["97"]),
+        ("suppress_tokens", [96], [96], []),
+    ],
+)
+@pytest.mark.parametrize("file", ["config.json", FILE])
+def test_ids_beyond_the_table_are_named_once(
+    file, name, value, kept, lost, tmp_path, said
+):
+    folder = write(tmp_path / "model")
+    fields = json.loads((folder / file).read_text()) if file != FILE else {}
+    put(folder / file, **fields | {name: value})
+    record = Run.open(folder).record
+    assert record[FIELD][FILE].get(name) == kept
+    warnings = [one for one in said() if "has none for" in one]
+    assert len(warnings) == bool(lost)
+    for line in warnings:
+        named = ", ".join(f"{name} {one}" for one in lost)
+        assert f"{folder}: its table of 97 rows has none for {named}: " in line
+
+
+def test_an_export_names_the_ids_that_it_leaves_out(talker, tmp_path, said):
+    put(talker / FILE, eos_token_id=SIZE, suppress_tokens=[*range(SIZE, SIZE + 9)])
+    found = fields_of(run_export(talker, tmp_path) / FILE)
+    (line,) = said()
+    assert f"none for eos_token_id {SIZE}, suppress_tokens {SIZE}, " in line
+    assert f"{SIZE + 6}, ...: these ids end no text" in line
+    assert found["eos_token_id"] == fields_of(talker / "config.json")["eos_token_id"]
+    assert "suppress_tokens" not in found
+
+
 def test_older_records_and_those_of_characters_end_as_they_did():
     assert ends({}, 7) == ends({"data": {}}, 7) == [7]
     assert ends({"data": {}}, None) == []

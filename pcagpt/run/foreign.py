@@ -141,6 +141,8 @@ def _record(folder: Path) -> dict[str, Any]:
     rows, name = record["vocab_size"], _tokenizer_of(folder)
     if hugging_face.is_model(folder):
         record[generation_files.FIELD] = generation_files.read(folder, rows)
+        if "architecture" not in record:  # Exports of others copy their files.
+            generation_files.name_lost(folder, rows)
     if name:
         _check_rows(folder, "tokenizer", vocabulary.describe(name).rows_needed, rows)
         sha256 = vocabulary.describe(name).sha256

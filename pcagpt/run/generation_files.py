@@ -8,17 +8,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, warn_once
 from pcagpt.json_files import read_json
 from pcagpt.run.hugging_face import CONFIG, stored_config
 
 FIELD, FILE = "generation", "generation_config.json"
 _EOS = "eos_token_id"
 _IDS = ("bos_token_id", _EOS, "pad_token_id")
+_ALL_IDS = (
+    *_IDS, "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id",
+    "suppress_tokens", "begin_suppress_tokens",
+)  # fmt: skip
+_NAMED = 8  # lost ids in a warning
 # transformers takes these from config.json if there is no other file.
 _DRAWING = (
     "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
     "no_repeat_ngram_size", "num_beams", "max_length", "max_new_tokens", "min_length",
+    *_ALL_IDS[len(_IDS) :],
 )  # fmt: skip
 _FROM_CONFIG = {"_from_model_config": True}
 _REMEDY = f"restore it, or remove it, so that {CONFIG} counts"
@@ -27,9 +33,35 @@ _REMEDY = f"restore it, or remove it, so that {CONFIG} counts"
 def read(folder: Path, rows: int) -> dict[str, dict[str, Any]]:
     """What the folder of a model of transformers says, for its record.
 
-    Ids without a row in the table are left out, as if nothing stated them. UserError if
-    a file is damaged.
+    Ids without a row in the table are left out, as if nothing stated them: `name_lost`
+    names them. UserError if a file is damaged.
     """
+    return {
+        name: _with_rows(content, rows, folder / name)
+        for name, content in _stated(folder).items()
+    }
+
+
+def name_lost(folder: Path, rows: int) -> None:
+    """Warns of the ids that `read` leaves out, if any."""
+    lost = dict.fromkeys(
+        f"{name} {one}"
+        for content in _stated(folder).values()
+        for name in _ALL_IDS
+        for one in _listed(content.get(name))
+        if not 0 <= one < rows
+    )
+    if lost:
+        more = ", ..." if len(lost) > _NAMED else ""
+        warn_once(
+            f"{folder}: its table of {rows:,} rows has none for "
+            f"{', '.join([*lost][:_NAMED])}{more}: these ids end no text and are left "
+            f"out of exports; correct {FILE} or {CONFIG} there if others are right"
+        )
+
+
+def _stated(folder: Path) -> dict[str, dict[str, Any]]:
+    """As `read`, with all ids."""
     config = stored_config(folder)
     if isinstance(text := config.get("text_config"), dict):
         config = text | config
@@ -40,16 +72,13 @@ def read(folder: Path, rows: int) -> dict[str, dict[str, Any]]:
         own = _FROM_CONFIG | ids | drawing
     else:  # transformers takes none of config.json then.
         own = dict.fromkeys(_IDS[:2]) | own
-    return {
-        name: _with_rows(content, rows, folder / name)
-        for name, content in ((CONFIG, ids), (FILE, own))
-    }
+    return {CONFIG: ids, FILE: own}
 
 
 def _with_rows(content: dict[str, Any], rows: int, path: Path) -> dict[str, Any]:
     """The content of a file without ids that have no row."""
     kept = dict(content)
-    for name in _IDS:
+    for name in _ALL_IDS:
         value = content.get(name)
         ids = _listed(value)
         if any(type(one) is not int for one in ids):
