@@ -399,9 +399,27 @@ def test_a_model_without_a_tokenizer_gets_no_tokens_of_another_unasked(model, pl
         (place / "text" / f"{split}.txt").write_text("A line of text.\n" * 99 + split)
     line = refusal(*tiny("recover.py", "text", **knobs), unchanged=[model])
     assert f"{model} has no tokenizer, and {other} has one: if both have" in line
+    assert "set --config.data.tokenizer=gpt2, or put its tokenizer.json" in line
     assert call(*tiny("factorize.py", "tokens", **asked, ranks=4)).code == 0
     [table] = (place / "checkpoints").rglob("wte*k4.npy")
     sizes = {"n_embd_wte": 4, "vocab_size": 60000}
     knobs = {"init": {"import_wte_npy": table}, "model": SMALL | sizes}
     line = refusal(*tiny("pca_k128.py", "tokens", **knobs), unchanged=[model])
     assert f"{table} has no tokenizer, and tokens has tokens of gpt2: if" in line
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_named_tokenizer_tells_the_tokens_of_a_teacher_and_its_student(model, place):
+    teacher = gpt2_folders.write(model.parent / "teacher", vocab_size=SIZE)
+    (place / "text").mkdir()
+    for split in ("train", "val"):
+        (place / "text" / f"{split}.txt").write_text(f"A line of {split}.\n" * 99)
+    knobs = {"init": {"weights_from": model}, "distill": {"teacher": teacher}}
+    knobs |= {"model": SMALL, "data": {}}
+    line = refusal(*tiny("recover.py", "text", **knobs), unchanged=[teacher])
+    own = model / "tokenizer.json"
+    assert f"{teacher} has no tokenizer, and {model} has one: " in line
+    assert f"set --config.data.tokenizer={own}, or put its tokenizer.json" in line
+    knobs["data"] = {"tokenizer": own}
+    outcome = call(*tiny("recover.py", "text", **knobs))
+    assert outcome.code == 0, outcome

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pcagpt.arms import ARMS, FROM_RUN, arm_from_run
+from pcagpt.compression.table_files import undamaged
 from pcagpt.config import Settings, arms_of, check_rules
 from pcagpt.config.schema import (
+    DataSettings,
     DistillSettings,
     FactorizeSettings,
     FinetuneSettings,
@@ -46,11 +48,12 @@ class Plan(NamedTuple):
 def make_plan(settings: Settings) -> Plan:
     """The plan of a 'train', 'factorize' or 'experiment' task.
 
-    Besides the settings, it reads only the record of the run in `init.weights_from` or
-    `model_path`.
+    Besides the settings, it reads only the records of the run in `init.weights_from` or
+    `model_path`, and of its teacher.
 
     Raises:
-      UserError: that run does not exist or contradicts the `model` knobs.
+      UserError: that run does not exist or contradicts the `model` knobs, or nothing
+        says that the teacher knows its tokens.
     """
     if settings.task == "factorize":
         return Plan(settings, (_factorize_job(settings, Path(settings.model_path)),))
@@ -169,10 +172,23 @@ def _like_baseline(settings: Settings) -> Settings:
     source.check_model(settings, free)
     model = source.model_settings(settings.model, free)
     sizes = {"model": model, "model.vocab_size": source.record["vocab_size"]}
-    data = source.tokens.with_tokenizer(settings.data)
+    data = _data_for(source, settings)
     settings = settings.replace({**sizes, "data": data})
     check_rules(settings)
     return settings
+
+
+def _data_for(source: Run, settings: Settings) -> DataSettings:
+    """The `data` settings: a text gets the tokenizer of the run if none is asked for.
+
+    That tokenizer tells nothing of a teacher, so UserError if the teacher has none.
+    """
+    data, asked = source.tokens.with_tokenizer(settings.data), settings.data.tokenizer
+    is_given, path = data.tokenizer != asked, settings.distill.teacher
+    # If it is gone or damaged, its job says so.
+    if is_given and path and (teacher := undamaged(lambda: Run.open(path))):
+        teacher.tokens.check_is_told_beside(source.tokens, asked)
+    return data
 
 
 def _baseline(settings: Settings, suffix: str = "") -> str:
@@ -192,7 +208,7 @@ def _job_from_run(settings: Settings) -> TrainJob:
     free = (*DEVICE_KNOBS, "dropout")
     source.check_model(settings, free)
     model = source.model_settings(settings.model, free)
-    data = source.tokens.with_tokenizer(settings.data)
+    data = _data_for(source, settings)
     settings = settings.replace({"model": model, "data": data})
     check_rules(settings)
     # The table of a coded model has full width.

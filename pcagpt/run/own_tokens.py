@@ -222,12 +222,20 @@ class OwnTokens:
         known = ("data", "tokenizer", "characters", "tokenizer_sha256")
         return any(self.record.get(name) for name in known)
 
-    def check_is_told_beside(self, other: Self) -> None:
-        """Raises UserError if only `other`, another model, tells its tokens."""
-        if not self._is_told and (other._sha256 or other.record.get("characters")):
+    def check_is_told_beside(self, other: Self, asked: str) -> None:
+        """Raises UserError if only `other`, another model, tells its tokens.
+
+        A tokenizer that was asked for is that of both.
+        """
+        if self._is_told or asked != "auto":
+            return
+        if other._sha256 or other.record.get("characters"):
+            name = other.record.get("tokenizer")
+            option = f"set --config.data.tokenizer={name}, or " if name else ""
             raise UserError(
                 f"{self.folder} has no tokenizer, and {other.folder} has one: if both "
-                "have the same, put its tokenizer.json, or nanoGPT's meta.pkl, there"
+                f"have the same, {option}put its tokenizer.json, or nanoGPT's "
+                "meta.pkl, there"
             )
 
     def check_is_told(self, corpus: CorpusInfo, asked: str) -> None:

@@ -148,14 +148,15 @@ class Setup:
         if not path:
             return None
         run = Run.open(path)
-        run.tokens.check_is_told(self.corpus, self.settings.data.tokenizer)
+        asked = self.settings.data.tokenizer
+        run.tokens.check_is_told(self.corpus, asked)
         run.check_corpus(self.corpus, self.settings.data.source)
         init = self.settings.init
         runs = (init.weights_from or self.settings.model_path, init.blocks_from)
         starts = [Run.open(start).tokens for start in runs if start]
         # The corpus may not say what its ids mean.
         for start in starts + initialise.tokens_of_factors(init):
-            run.tokens.check_is_told_beside(start)
+            run.tokens.check_is_told_beside(start, asked)
             if not run.tokens.may_share(start):
                 raise UserError(
                     f"distill.teacher: {path} numbers its tokens in another way than "
