@@ -45,6 +45,30 @@ def write_sentencepiece(path, tokenizer, says, architecture="llama"):
     writer.close()
 
 
+def write_module(path, architecture, model, fields):
+    """Writes a model of transformers with two layers.
+
+    fields: numbers, by their names without that of the architecture.
+    """
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    kind = kinds.get(architecture, gguf.MODEL_ARCH.LLAMA)
+    names = gguf.get_tensor_name_map(kind, LAYERS)
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_block_count(LAYERS)
+    for name, value in fields.items():
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"{architecture}.{name}", value)
+    for name, parameter in model.named_parameters():
+        array = parameter.detach().numpy()
+        is_turned = architecture == "gpt2" and ".c_" in name
+        ours = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        writer.add_tensor(ours, np.ascontiguousarray(array.T if is_turned else array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def write(
     path,
     tokenizer,

@@ -15,6 +15,7 @@ pytest.importorskip("gguf", reason="needs the extra hf")
 import gguf_files
 import tokenizer_folders
 import tokenizers
+import torch
 import transformers
 from command_line import CONFIGS, THEIR_SIZES, call, refusal, tiny
 from runs import snapshot
@@ -377,7 +378,8 @@ def test_a_part_of_a_model_is_refused(byte_level, tmp_path, place):
         ({"blk.0.attn_q.bias": np.ones(32, np.float32)}, "has tensors that transform"),
         (
             {"llama_feed__forward__length": 72},
-            "model.layers.0.mlp.down_proj.weight is (32, 64), but its header asks for",
+            "model.layers.0.mlp.down_proj.weight is (32, 64), but the model that "
+            "transformers makes of it has (32, 72): give the folder with its model.saf",
         ),
     ],
 )
@@ -387,6 +389,68 @@ def test_a_file_that_transformers_reads_in_part_is_refused(
     gguf_files.write(tmp_path / "odd.gguf", byte_level, **extra)
     line = refusal(*asked(tmp_path / "odd.gguf"), unchanged=[place])
     assert f"{tmp_path}/odd.gguf" in line and words in line
+
+
+OF_ALL = {
+    "vocab_size": 300,
+    "embedding_length": 32,
+    "context_length": 64,
+    "feed_forward_length": 48,
+}
+OF_ALL |= {"attention.head_count": 4, "attention.head_count_kv": 4}
+WIDE_HEADS = {"attention.key_length": 16, "attention.value_length": 16}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "fields", "words"),
+    [
+        (
+            "qwen3",
+            {"hidden_size": 32, "num_attention_heads": 4, "head_dim": 16},
+            WIDE_HEADS | {"attention.layer_norm_rms_epsilon": 1e-6},
+            ": model.layers.0.self_attn.k_norm.weight is (16,), but {} has (128,)",
+        ),
+        (
+            "gpt2",
+            {"n_embd": 32, "n_head": 4, "n_positions": 64},
+            {"feed_forward_length": 128, "attention.layer_norm_epsilon": 1e-5},
+            ": transformer.wpe.weight is (64, 32), but {} has (1024, 32)",
+        ),
+        (
+            "starcoder2",
+            {"hidden_size": 32, "num_attention_heads": 4, "use_bias": False},
+            {"attention.layer_norm_epsilon": 1e-5},
+            " has no tensor model.layers.0.mlp.c_fc.bias, which {} has",
+        ),
+    ],
+)
+def test_a_header_that_transformers_reads_in_part_is_not_called_damage(
+    kind, sizes, fields, words, tmp_path
+):
+    """Another download would not help."""
+    sizes = {"vocab_size": 300, "num_hidden_layers": 2, "intermediate_size": 48} | sizes
+    sizes |= {"num_key_value_heads": 4, "tie_word_embeddings": True}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 0}
+    if kind == "starcoder2":  # Only the tokens tell their number.
+        sizes["vocab_size"] = transformers.Starcoder2Config().vocab_size
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    path = tmp_path / "whole.gguf"
+    gguf_files.write_module(path, kind, model, OF_ALL | fields)
+    with pytest.raises(UserError) as raised:
+        open_decoder.open_model(path)
+    words = words.format("the model that transformers makes of it")
+    remedy = "give the folder with its model.safetensors"
+    assert str(raised.value) == f"{path}{words}: {remedy}"
+
+
+def test_an_architecture_that_transformers_does_not_read_is_named_with_a_remedy(
+    tmp_path,
+):
+    path = tmp_path / "other.gguf"
+    gguf_files.write_module(path, "unheard", torch.nn.Module(), OF_ALL)
+    with pytest.raises(UserError, match="unheard.*: give the folder with its model.sa"):
+        open_decoder.open_model(path)
 
 
 def test_a_factor_of_1_scales_no_positions(byte_level, tmp_path):

@@ -67,8 +67,7 @@ _QUANTIZED = (
     "its weights are quantized ({method}), which transformers does not read here: give "
     "the model without quantization"
 )
-
-
+_SAFETENSORS = "give the folder with its model.safetensors"
 _PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 _one = threading.RLock()
 
@@ -158,14 +157,18 @@ def open_model(folder: Path) -> Any:
         raise
     # The package and what it calls raise errors of many types for damaged files.
     except Exception as error:
-        raise UserError(
-            f"transformers cannot open {folder}: {reason_of(error)}"
-        ) from None
+        reason = reason_of(error)
+        if is_file:
+            reason = f"{reason.rstrip('.')}: {_SAFETENSORS}"
+        raise UserError(f"transformers cannot open {folder}: {reason}") from None
     _copy(model)
     if not is_file:
         _check_files(model, folder)
-    # It would go on with random numbers.
-    asks = f"its {'header' if is_file else 'config.json'} asks for"
+    # It would go on with random numbers. Of a GGUF file's header, it does not read all,
+    # such as the context of GPT-2, the width of Qwen 3's heads, and a lack of biases.
+    asks, remedy = "its config.json asks for", "restore it, or download the model again"
+    if is_file:
+        asks, remedy = "the model that transformers makes of it has", _SAFETENSORS
     wrong = [
         f"{folder}: {name} is {tuple(shape)}, but {asks} {tuple(wanted)}"
         for name, shape, wanted in sorted(report["mismatched_keys"])
@@ -173,7 +176,7 @@ def open_model(folder: Path) -> Any:
     lacking = sorted(report["missing_keys"])
     wrong += [f"{folder} has no tensor {name}, which {asks}" for name in lacking]
     if wrong:
-        raise UserError(f"{wrong[0]}: restore it, or download the model again")
+        raise UserError(f"{wrong[0]}: {remedy}")
     _check_all_are_used(model, sorted(map(str, report["unexpected_keys"])), folder)
     if is_file:
         _check_header(model, folder)
@@ -267,25 +270,25 @@ def _check_header(model: Any, path: Path) -> None:
     if scaled and rope.get("rope_type", "default") == "default":
         raise UserError(
             f"{path} scales its positions ({scaled[0]}), which transformers does not "
-            "read from GGUF: give the folder with its model.safetensors"
+            f"read from GGUF: {_SAFETENSORS}"
         )
     architecture = fields.get("general.architecture")
     for name in _NEEDED.get(architecture, ()):
         if f"{architecture}.{name}" not in fields:
             raise UserError(
                 f"{path} does not state {architecture}.{name}, so transformers would "
-                "compute another model: give the folder with its model.safetensors"
+                f"compute another model: {_SAFETENSORS}"
             )
     if field := _unheeded(model.config, fields):
         raise UserError(
             f"{path} has {field}, which transformers does not read from GGUF, so its "
-            "losses would be wrong: give the folder with its model.safetensors"
+            f"losses would be wrong: {_SAFETENSORS}"
         )
     stored = sum(math.prod(shape) for shape in shapes.values())
     if stored > sum(parameter.numel() for parameter in model.parameters()):
         raise UserError(
             f"{path} has tensors that transformers does not read from GGUF, so its "
-            "losses would be wrong: give the folder with its model.safetensors"
+            f"losses would be wrong: {_SAFETENSORS}"
         )
 
 
