@@ -420,6 +420,52 @@ def test_a_named_tokenizer_tells_the_tokens_of_a_teacher_and_its_student(model, 
     own = model / "tokenizer.json"
     assert f"{teacher} has no tokenizer, and {model} has one: " in line
     assert f"set --config.data.tokenizer={own}, or put its tokenizer.json" in line
+    knobs["data"] = {"tokenizer": "sotu4096"}  # It is not the student's.
+    line = refusal(*tiny("recover.py", "text", **knobs), unchanged=[teacher])
+    assert f"{model} knows those of {own}: set --config.data.tokenizer={own}" in line
     knobs["data"] = {"tokenizer": own}
     outcome = call(*tiny("recover.py", "text", **knobs))
+    assert outcome.code == 0, outcome
+
+
+TAKERS = {
+    "evaluate.py": {},
+    "compress.py": {"ranks": 4},
+    "factorize.py": {"ranks": 4, "factorize": {"method": "kl"}},
+    "pca_k128.py": {"ranks": 4},
+    "recover.py": {},
+}
+
+
+@pytest.mark.parametrize("config", TAKERS)
+@pytest.mark.usefixtures("quick")
+def test_a_model_too_small_for_gpt2s_tokens_asks_for_its_own(config, model, place):
+    (place / "own").mkdir()
+    own = (model / "tokenizer.json").rename(place / "own/tokenizer.json")
+    (place / "text").mkdir()
+    (place / "ids").mkdir()
+    for split in ("train", "val"):
+        (place / "text" / f"{split}.txt").write_text(f"A line of {split}.\n" * 99)
+        ids = np.arange(2000, dtype=np.uint16) % SIZE
+        (place / "ids" / f"{split}.bin").write_bytes(ids.tobytes())
+    key = "init.weights_from" if config == "recover.py" else "model_path"
+    asked = {key: model, "model": dict(SMALL)} | TAKERS[config]
+    if config == "pca_k128.py":
+        asked["model"]["n_embd_wte"] = asked.pop("ranks")
+    for source in ("text", "tokens"):
+        line = refusal(*tiny(config, source, **asked), unchanged=[model, place])
+        assert line == (
+            f"pcagpt: {model} has no tokenizer, and its {SIZE} rows are too few for "
+            f"the 50,257 tokens of gpt2, which {source} has: put the model's "
+            "tokenizer.json there, set --config.data.tokenizer=FILE, or give token "
+            f'files of the model with a meta.json of {{"vocab_size": {SIZE}}}\n'
+        )
+    line = refusal(*tiny(config, "ids", **asked), unchanged=[model, place])
+    assert "which ids is taken to have: put" in line or "add meta.json" in line
+    # What the lines ask for.
+    told = asked | {"data": {"tokenizer": own}, "workdir": "with-text"}
+    outcome = call(*tiny(config, "text", **told))
+    assert outcome.code == 0, outcome
+    (place / "ids/meta.json").write_text(json.dumps({"vocab_size": SIZE}))
+    outcome = call(*tiny(config, "ids", **asked, workdir="with-ids"))
     assert outcome.code == 0, outcome

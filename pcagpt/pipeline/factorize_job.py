@@ -238,6 +238,8 @@ class FactorizeJob(Job):
                     f"ranks holds {rank}: the table of {self.source} is {shape}, so "
                     f"its rank is at most {min(shape)}"
                 )
+        if self._calibrates:
+            Run.open(self.source).checked_data(self.settings.data, ["train"])
         table_VD = None
         if self._is_bare_table:  # The weights of a run are read later.
             table_VD = factor_files.read_table(self.source)

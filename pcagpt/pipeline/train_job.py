@@ -45,6 +45,7 @@ from pcagpt.run.folder import (
     write_record,
 )
 from pcagpt.run.identity import changed_fields
+from pcagpt.run.trained import Run
 from pcagpt.sharding import processes
 from pcagpt.training.loop import train
 from pcagpt.training.meter import NotFinite
@@ -281,8 +282,9 @@ class TrainJob(Job):
     def check_early(self, missing: set[Path]) -> None:
         """Raises UserError if the model does not fit the vocabulary or the device.
 
-        Also if no checkpoint can be saved in the folder, if an import is missing or
-        damaged, or if the folder's name does not give the rank of imported bands.
+        Also if the tokens are not those of the model that the run starts from, if no
+        checkpoint can be saved in the folder, if an import is missing or damaged, or if
+        the folder's name does not give the rank of imported bands.
         """
         checkpoint.check_path(self.folder)
         if self.status().kind == Kind.TO_DO:
@@ -294,6 +296,12 @@ class TrainJob(Job):
                 initialise.check_rank(self.settings)
         data = self.settings.data
         described = describe_corpus(data.source, data.tokenizer, NEEDED_SPLITS)
+        # That tokens are not those of its start tells more than their number.
+        start = initialise.start_of(self.settings)
+        if start and Path(start) not in missing:
+            tokens = Run.open(start).tokens
+            tokens.check_is_told(described, data.tokenizer)
+            tokens.check(described)
         check_package(data.source, self.settings.cache_dir, data.tokenizer)
         build_config(self.settings.model, described.vocab_size)
 

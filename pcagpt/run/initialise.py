@@ -169,6 +169,12 @@ def mixed_origins(init: InitSettings) -> str | None:
     )
 
 
+def start_of(settings: Settings) -> str:
+    """The model that a run starts from, so that it needs the same tokens; or ''."""
+    init = settings.init
+    return init.weights_from or init.blocks_from or settings.model_path
+
+
 def check_tokens(init: InitSettings, corpus: CorpusInfo, asked: str) -> None:
     """Raises UserError if the rows of imported factors are of other tokens.
 

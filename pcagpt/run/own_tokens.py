@@ -246,7 +246,19 @@ class OwnTokens:
             if self.folder.suffix == gguf_header.ENDING and self.folder.is_file():
                 vocabulary.load(str(self.folder))  # Says why it was not taken.
             is_model = "model" in self.record  # Factors are not.
-            remedy = "put the model's tokenizer.json there, or, " if is_model else ""
+            remedy = "put the model's tokenizer.json there, " if is_model else ""
+            size = vocabulary.describe(corpus.tokenizer).rows_needed
+            rows = self.record["vocab_size"]
+            if size > rows:
+                has = "is taken to have" if corpus.is_assumed else "has"
+                raise UserError(
+                    f"{self.folder} has no tokenizer, and its {rows:,} rows are too "
+                    f"few for the {size:,} tokens of {corpus.tokenizer}, which "
+                    f"{corpus.name} {has}: {remedy}set --config.data.tokenizer=FILE, "
+                    "or give token files of the model with a meta.json of "
+                    f'{{"vocab_size": {rows}}}'
+                )
+            remedy += "or, " if remedy else ""
             raise UserError(
                 f"{self.folder} has no tokenizer, and {corpus.name} has tokens of "
                 f"{corpus.tokenizer}: {remedy}if these are its tokens, set "

@@ -255,6 +255,20 @@ class Run:
         source = folder if is_there else own.source
         return dataclasses.replace(own, source=source, tokenizer=tokenizer)
 
+    def checked_data(
+        self, asked: DataSettings, splits: Collection[str]
+    ) -> DataSettings:
+        """As `data`; UserError if its tokens are not the model's. Tokenizes nothing."""
+        data = self.data(asked)
+        described = describe_corpus(
+            data.source, data.tokenizer, splits, self.tokens.encodes_as
+        )
+        self.tokens.check_unedited(described.tokenizer)
+        if asked.source or asked.tokenizer != "auto":
+            self.tokens.check_is_told(described, asked.tokenizer)
+            self.tokens.check(described)
+        return data
+
     def corpus(
         self, asked: DataSettings, cache_dir: Path, splits: Collection[str]
     ) -> Corpus:
@@ -268,16 +282,7 @@ class Run:
             names no corpus and the run's own is unknown or has changed. If the
             vocabulary or the tokenizer does not fit, nothing has been tokenized.
         """
-        data = self.data(asked)
-        described = processes.from_first(
-            lambda: describe_corpus(
-                data.source, data.tokenizer, splits, self.tokens.encodes_as
-            )
-        )
-        self.tokens.check_unedited(described.tokenizer)
-        if asked.source or asked.tokenizer != "auto":
-            self.tokens.check_is_told(described, asked.tokenizer)
-            self.tokens.check(described)
+        data = processes.from_first(lambda: self.checked_data(asked, splits))
         corpus = open_corpus(
             data.source, cache_dir, data.tokenizer, splits, self.tokens.encodes_as
         )

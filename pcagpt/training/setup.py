@@ -74,7 +74,7 @@ class Setup:
             mesh,
         )
         init, start, kept = settings.init, None, None
-        if source := init.weights_from or init.blocks_from or settings.model_path:
+        if source := initialise.start_of(settings):
             start = Run.open(source)
             start.tokens.check_is_told(corpus, settings.data.tokenizer)
             start.check_corpus(corpus, settings.data.source)
