@@ -77,11 +77,13 @@ def write(
     scaled=False,
     says=None,
     lacks=None,
+    types=None,
     **fields,
 ):
     """Writes a random Llama with the tokens of a byte-level tokenizer.json.
 
     says: fields of the tokenizer, for `add_tokenizer_fields`. lacks: a field to omit.
+    types: those of some tokens, by text.
     fields: numbers beside those of the model, such as split_count for split.count, with
     __ for _; arrays among them become tensors.
     Returns {name in the file: float32 array as transformers must read it}.
@@ -117,7 +119,10 @@ def write(
     writer.add_vocab_size(size)
     add_tokenizer_fields(writer, {"model": "gpt2", "pre": "gpt-2"} | (says or {}))
     writer.add_token_list(sorted(vocab, key=vocab.get))
-    writer.add_token_types([3 if text == "<|endoftext|>" else 1 for text in vocab])
+    types = {"<|endoftext|>": 3} | (types or {})
+    writer.add_token_types(
+        [types.get(text, 1) for text in sorted(vocab, key=vocab.get)]
+    )
     pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in merges)
     writer.add_token_merges(list(pairs))
     writer.add_eos_token_id(vocab["<|endoftext|>"])

@@ -29,6 +29,7 @@ from pcagpt.data import (
     file_tokenizer,
     gguf_header,
     gguf_tokenizer,
+    hugging_face_tokenizer,
     tokenizer_files,
     vocabulary,
 )
@@ -218,6 +219,47 @@ def test_a_space_that_gemma_would_not_put_is_refused(tmp_path):
             assert vocabulary.describe(str(path)).sha256 == own
     with pytest.raises(UserError, match=r"add_space_prefix is True\): name the"):
         vocabulary.load(str(path))
+
+
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory):
+    """The tokenizer.json of a tokenizer of the package."""
+    folder = tmp_path_factory.mktemp("packaged")
+    hugging_face_tokenizer.write(folder, "sotu4096", 16)
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize(
+    ("extra", "is_same"),
+    [
+        ({}, True),
+        ({"lacks": "tokenizer.ggml.token_type"}, True),
+        ({"types": {"<|endoftext|>": 4}}, True),
+        ({"says": {"add_bos_token": True, "add_space_prefix": False}}, True),
+        ({"types": {"ing": 4}}, False),
+        ({"types": {"ing": 3}}, False),
+        ({"types": {"ing": 2}}, False),
+        ({"says": {"pre": "olmo"}}, False),
+        ({"says": {"add_space_prefix": True}}, False),
+        ({"says": {"remove_extra_whitespaces": True}}, False),
+        ({"says": {"normalizer.lowercase": True}}, False),
+    ],
+)
+def test_only_a_file_that_makes_its_tokens_has_the_name_of_a_packaged_tokenizer(
+    extra, is_same, packaged, tmp_path
+):
+    path = tmp_path / "own.gguf"
+    gguf_files.write(path, packaged, **extra)
+    assert vocabulary.name_of(str(path)) == ("sotu4096" if is_same else str(path))
+
+
+def test_a_token_of_ones_own_is_found_before_a_text_is_cut(packaged, tmp_path):
+    gguf_files.write(tmp_path / "own.gguf", packaged, types={"ing": 4})
+    found = vocabulary.load(str(tmp_path / "own.gguf"))
+    theirs = Tokenizer.from_file(str(packaged))
+    own = theirs.token_to_id("ing")
+    wanted = theirs.encode(" be").ids + [own] + theirs.encode("s").ids
+    assert found.encode(" beings") == wanted != theirs.encode(" beings").ids
 
 
 def test_an_export_has_the_tokenizer_but_not_the_model_of_a_file(file, tmp_path):

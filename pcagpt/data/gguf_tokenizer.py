@@ -32,6 +32,19 @@ _HEEDED = re.compile(
     r"add_(bos|eos|sep)_token|suppress_tokens"
 )
 _PREFIX = "add_space_prefix"
+_FOUND_FIRST = (2, 3, 4)  # types of tokens: unknown, control, user-defined
+
+
+def is_gpt2s_kind(fields: TokenizerFields) -> bool:
+    """Whether a file cuts and joins a text as GPT-2 does: its last token ends one.
+
+    Other tokens must not be found in a text before it is cut, and nothing must be put
+    before it.
+    """
+    types = fields.others.get("token_type") or ()
+    found_first = {number for number, kind in enumerate(types) if kind in _FOUND_FIRST}
+    is_so = found_first <= {len(fields.tokens) - 1} and not fields.others.get(_PREFIX)
+    return fields.kind == ("gpt2", "gpt-2") and is_so and not _ignored(fields)
 
 
 def is_changed(file: Path) -> bool:

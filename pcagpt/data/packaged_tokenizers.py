@@ -4,7 +4,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from pcagpt.data import gguf_header
+from pcagpt.data import gguf_header, gguf_tokenizer
 from pcagpt.data.tokenizer import END_OF_TEXT, RANKS, load_tokenizer
 from pcagpt.data.tokenizer_settings import disagreement, is_plain_end
 from pcagpt.data.vocabulary_files import (
@@ -58,7 +58,7 @@ def _merges_of_gpt2s_kind(file: Path) -> list[Any] | None:
         return lines_of_merges(file)
     if file.suffix == gguf_header.ENDING:
         fields = gguf_header.tokenizer_fields(file)
-        return fields.merges if fields.kind == ("gpt2", "gpt-2") else None
+        return fields.merges if gguf_tokenizer.is_gpt2s_kind(fields) else None
     whole = fields_of(file)
     model, cut = (
         part if isinstance(part := whole.get(name), dict) else {}
