@@ -11,6 +11,7 @@ import pytest
 from command_line import CONFIGS, call, refusal
 from runs import changed, snapshot, write_statistics
 
+import pcagpt
 from pcagpt.compression import sweep, table_sweep
 from pcagpt.compression.bare_table import BareTable
 from pcagpt.compression.codes import KINDS
@@ -45,6 +46,26 @@ def asked(table, *words):
 
 RANKS = "--config.ranks=10,12"
 QUICK = "--config.compress.methods=svd", "--config.ranks=10"
+
+
+@pytest.mark.parametrize("config", ["compress.py", "factorize.py", None])
+def test_a_table_with_fewer_rows_than_columns_may_be_transposed(config, table, said):
+    """It is taken as it is: a model of characters may have such a table."""
+    knobs = {"compress.py": QUICK, "factorize.py": ["--config.factorize.method=svd"]}
+    for values, is_asked in ((np.load(table), False), (np.load(table).T, True)):
+        np.save(table, values)
+        name = table if config else "the table"
+        if config:
+            words = asked(table, *knobs[config], "--config.ranks=10")[1:]
+            words += "--config.overwrite=True", f"--config={CONFIGS / config}"
+            outcome = call(*words)
+            assert outcome.code == 0, outcome
+        else:
+            pcagpt.factorize(values, 10)
+        line = f"{name} has 16 rows and 600 columns, and each row is taken for a token"
+        assert [one for one in said() if one.startswith(line)] == [
+            f"{line}: is it transposed? If so, give its transpose, table.T"
+        ] * is_asked
 
 
 def folder_of(table):

@@ -12,7 +12,11 @@ from pcagpt.api.calls import array_of, call, plain, settings_of
 from pcagpt.compression.bare_table import check_needs_no_text
 from pcagpt.errors import UserError
 from pcagpt.factorization import Factorizer
-from pcagpt.factorization.factor_files import check_rows_differ, checked_table
+from pcagpt.factorization.factor_files import (
+    ask_if_transposed,
+    check_rows_differ,
+    checked_table,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,4 +86,5 @@ def table_of(array: ArrayLike) -> np.ndarray:
     remedy = "give a float32 array, such as `.detach().float().cpu().numpy()`"
     table_VD = checked_table(array_of(array, "the table", remedy), "the table")
     check_rows_differ(table_VD, "the table")
+    ask_if_transposed(table_VD, "the table")
     return table_VD

@@ -47,6 +47,7 @@ class BareTable:
         """
         table_VD = factor_files.read_table(path)
         factor_files.check_rows_differ(table_VD, path)
+        factor_files.ask_if_transposed(table_VD, path)
         known, beside = (None, False), calibrate.beside(path)
         if beside.exists():
             known = calibrate.read_for(beside, table_VD, path)

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from pcagpt.array_files import check_values, read_npy, read_npz, write_npy, write_npz
-from pcagpt.errors import Unreadable, UserError
+from pcagpt.errors import Unreadable, UserError, warn_once
 from pcagpt.factorization.table import BandFactors, FactorizedTable
 from pcagpt.file_hashes import check_digests, digests_of, sha256_of_file
 from pcagpt.files import open_file
@@ -352,6 +352,19 @@ def check_rows_differ(table_VD: np.ndarray, what: object) -> None:
         f"{what} holds {content}: there is nothing to factorize; give the table of a "
         "trained model"
     )
+
+
+def ask_if_transposed(table_VD: np.ndarray, what: object) -> None:
+    """Warns of a table without its model that has fewer rows than columns.
+
+    It is no error: a model of characters may have fewer tokens than dimensions.
+    """
+    rows, columns = table_VD.shape
+    if rows < columns:
+        warn_once(
+            f"{what} has {rows:,} rows and {columns:,} columns, and each row is taken "
+            "for a token: is it transposed? If so, give its transpose, table.T"
+        )
 
 
 def check_not_zero(factors: Iterable[np.ndarray | None], what: object) -> None:

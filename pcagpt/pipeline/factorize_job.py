@@ -250,7 +250,9 @@ class FactorizeJob(Job):
     def _shape(self) -> tuple[int, ...]:
         """[V, D] of the source's table; UserError if it was made smaller already."""
         if self._is_bare_table:
-            return factor_files.read_table(self.source).shape
+            table_VD = factor_files.read_table(self.source)
+            factor_files.ask_if_transposed(table_VD, self.source)
+            return table_VD.shape
         is_asked = self.settings.task == "factorize"
         run = Run.asked(self.settings) if is_asked else Run.open(self.source)
         check_is_original(run)
