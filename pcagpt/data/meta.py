@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import pickle
 import re
@@ -12,14 +13,16 @@ import numpy as np
 
 from pcagpt.data import vocabulary
 from pcagpt.data.tokenizer import RANKS
-from pcagpt.errors import OF_NO_FILE, UserError, unreadable
+from pcagpt.errors import OF_NO_FILE, UserError, unreadable, warn_once
 from pcagpt.files import odd_kind, refuse_odd
 from pcagpt.json_files import read_json
 
 SPLITS = ("train", "val", "test")
 MOST_TOKENS = 10**8  # of a vocabulary; known ones have less than 10**6
 META_FILES = ("meta.json", "meta.pkl")
-_PICKLED_FIELDS = ("vocab_size", "itos", "stoi")
+_TEXTS = ("itos", "stoi")
+_PICKLED_FIELDS = ("vocab_size", *_TEXTS)
+_NAMED = 8  # ids in a warning
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -127,6 +130,8 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
     agreed = _agreed_tokenizer(path, meta, vocab_size, tokenizer)
     text_of_id = {} if agreed else _vocabulary(path, meta)
     is_whole = text_of_id.keys() == set(range(vocab_size))
+    if not (agreed or is_whole):
+        _name_gaps(path, meta, text_of_id, vocab_size)
     is_text = is_whole and any(map(has_text, text_of_id.values()))
     return CorpusInfo(
         name=name if isinstance(name, str) and name else folder.resolve().name,
@@ -206,6 +211,30 @@ def _vocabulary(path: Path, meta: dict) -> dict[int, str]:
                 "correct its itos"
             )
     return found
+
+
+def _name_gaps(
+    path: Path, meta: dict, text_of_id: dict[int, str], vocab_size: int
+) -> None:
+    """Warns if the ids of a vocabulary are not those that have a text."""
+    field = next((name for name in _TEXTS if meta.get(name)), None)
+    if field is None:
+        return
+    lacking = (number for number in range(vocab_size) if number not in text_of_id)
+    beyond = (number for number in text_of_id if not 0 <= number < vocab_size)
+    gaps = {
+        "no text for": lacking,
+        f"more than its vocab_size {vocab_size}, with": beyond,
+    }
+    said = []
+    for what, numbers in gaps.items():
+        if first := [str(number) for number in itertools.islice(numbers, _NAMED + 1)]:
+            more = ", ..." if len(first) > _NAMED else ""
+            said.append(f"{what} id {', '.join(first[:_NAMED])}{more}")
+    warn_once(
+        f"{path}: its {field} has {', and '.join(said)}, so its ids are not shown as "
+        f"text: correct its {field}"
+    )
 
 
 def has_text(text: str) -> bool:
