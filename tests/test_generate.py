@@ -129,6 +129,57 @@ def test_tokens_that_a_gpu_draws_unasked_are_the_same(table, monkeypatch):
         np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """`generate` takes this device for a GPU; no test gets the program of another."""
+    compiled = generation._read_next
+    monkeypatch.setattr(generation.jax, "default_backend", lambda: "gpu")
+    compiled.clear_cache()
+    yield
+    compiled.clear_cache()
+
+
+def loops_in(jaxpr):
+    """[(its length, or None if it asks the host at each turn, the loops in it)]."""
+    found = []
+    for equation in jaxpr.eqns:
+        parts = (getattr(one, "jaxpr", one) for one in equation.params.values())
+        inner = [
+            loop for one in parts if hasattr(one, "eqns") for loop in loops_in(one)
+        ]
+        if equation.primitive.name in ("while", "scan"):
+            inner = [(equation.params.get("length"), inner)]
+        found += inner
+    return found
+
+
+@pytest.mark.parametrize("limit", [2, 9, 10, 30])
+def test_a_gpu_asks_the_host_once_for_several_tokens(limit, monkeypatch, on_a_gpu):
+    assert generation.TOKENS_UNASKED == 8
+    model = GPT(gpt_config(**SIZES | {"block_size": 64}))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+    monkeypatch.setattr(generation, "CALL_SECONDS", 1e9)  # All tokens in one call
+    steps, loops, step = [], [], generation.next_hidden
+    read_next = generation._read_next
+
+    def counted(*arguments):
+        jax.debug.callback(lambda: steps.append(1))
+        return step(*arguments)
+
+    def reads(*arguments):
+        traced = jax.make_jaxpr(read_next, static_argnums=(6, 8))(*arguments)
+        loops.append(loops_in(traced.jaxpr))
+        return read_next(*arguments)
+
+    monkeypatch.setattr(generation, "next_hidden", counted)
+    monkeypatch.setattr(generation, "_read_next", reads)
+    assert len([*generate(model, variables, np.array([5]), 1, 0, limit=limit)]) == limit
+    jax.effects_barrier()
+    # The prompt gives the first token. The last step may be taken several times.
+    assert len(steps) == -(-(limit - 1) // 8) * 8
+    assert loops == [[(None, [(8, [])])]]
+
+
 @pytest.mark.parametrize(
     ("unit", "counts"), [(1, [1, 2, 64, 1, 32, 250]), (8, [8, 8, 248, 1, 32, 248])]
 )

@@ -22,6 +22,7 @@ from pcagpt.data import hugging_face_tokenizer, vocabulary
 from pcagpt.errors import UserError
 from pcagpt.pipeline import samples
 from pcagpt.run import checkpoint, continuation
+from pcagpt.run import generate as generation
 from pcagpt.run.folder import write_record
 from pcagpt.run.generation_files import FIELD, FILE, ends, read, written
 from pcagpt.run.identity import KEPT
@@ -202,6 +203,22 @@ def test_generate_and_sample_stop_at_the_models_own_end(talkers):
     asked = call(f"--config={CONFIGS / 'sample.py'}", *words)
     assert asked.code == 0, asked
     assert asked.out == f"{PROMPT}{text}\n"
+
+
+def test_a_gpu_that_draws_several_tokens_unasked_stops_at_the_end(talkers, monkeypatch):
+    folder, end = talkers
+    reads, read_next = [], generation._read_next
+    monkeypatch.setattr(generation.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(generation, "CALL_SECONDS", 0)  # Each call is short.
+    monkeypatch.setattr(
+        generation, "_read_next", lambda *given: reads.append(1) or read_next(*given)
+    )
+    options = {"max_tokens": TOKENS, "temperature": 0}
+    text = "".join(pcagpt.load(folder).generate(PROMPT, **options))
+    monkeypatch.undo()
+    assert text == until_end(folder, end)
+    before = drawn(folder).index(end)  # The prompt gives the first of these.
+    assert len(reads) == -(-before // generation.TOKENS_UNASKED)
 
 
 def test_samples_of_reports_stop_at_the_models_own_end(talkers, monkeypatch):
