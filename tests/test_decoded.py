@@ -437,7 +437,13 @@ TAKERS = {
 }
 
 
-@pytest.mark.parametrize("config", TAKERS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(one, marks=[pytest.mark.slow] * ("compress" in one))
+        for one in TAKERS
+    ],
+)
 @pytest.mark.usefixtures("quick")
 def test_a_model_too_small_for_gpt2s_tokens_asks_for_its_own(config, model, place):
     (place / "own").mkdir()
