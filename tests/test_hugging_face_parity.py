@@ -11,6 +11,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from gpt2_folders import write
 from talkers import PROMPT, TOKENS, write_talker
 from test_export import MODELS, SMALL, V, run_export, write_run, write_small
 from test_tokenizer_files import HARD_TEXT
@@ -19,7 +20,7 @@ from tokenizer_folders import byte_level
 import pcagpt
 from pcagpt import trees
 from pcagpt.config.schema import ModelSettings
-from pcagpt.data import vocabulary
+from pcagpt.data import hugging_face_tokenizer, vocabulary
 from pcagpt.data.tokenizer import RANKS
 from pcagpt.file_hashes import sha256_of_file
 from pcagpt.json_files import read_json
@@ -381,6 +382,111 @@ def test_an_export_writes_the_text_of_its_model_up_to_its_end(form, chat, tmp_pa
     assert text.startswith(generated)
     settings = [one.generation_config.to_diff_dict() for one in (found, theirs)]
     assert settings[0] == settings[1]
+
+
+END, WHOLE, CONFIG = "<|endoftext|>", "tokenizer.json", "tokenizer_config.json"
+
+
+def first(number):
+    """A rule of tokenizer.json that puts a token before each text."""
+    token, text = {"SpecialToken": {"id": END, "type_id": 0}}, {"id": "A", "type_id": 0}
+    parts = [token, {"Sequence": text}]
+    texts = {END: {"id": END, "ids": [number], "tokens": [END]}}
+    kind = {"type": "TemplateProcessing", "single": parts, "pair": parts}
+    return {"post_processor": kind | {"special_tokens": texts}}
+
+
+SURELY = "_for_bpe_even_though_it_will_corrupt_output"
+AT_MOST = {"strategy": "LongestFirst", "direction": "Right", "stride": 0}
+FILLED = {"strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": None}
+FILLED |= {"pad_id": 1, "pad_type_id": 0, "pad_token": '"'}
+ADDED = {"id": 4096, "content": "<pad>", "special": True}
+ADDED |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+CLEANED = [f"clean_up_tokenization_spaces{more}" for more in ("", SURELY)]
+# {what a person's files ask for: (file, fields, files that are removed)}
+OWN_FIELDS = {
+    "a_first_token": (WHOLE, first(4095), ()),
+    "a_first_token_without_config": (WHOLE, first(4095), (CONFIG,)),
+    "add_bos_token": (CONFIG, {"add_bos_token": True}, (WHOLE,)),
+    "add_eos_token": (CONFIG, {"add_eos_token": True}, (WHOLE,)),
+    "truncation": (WHOLE, {"truncation": AT_MOST | {"max_length": 5}}, ()),
+    "padding": (WHOLE, {"padding": FILLED}, ()),
+    "normalizer": (WHOLE, {"normalizer": {"type": "Lowercase"}}, ()),
+    "added_token": (
+        WHOLE,
+        {"added_tokens": [{**ADDED, "id": 4095, "content": END}, ADDED]},
+        (),
+    ),
+    "class": (CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast"}, ()),
+    "padding_side": (CONFIG, {"pad_token": END, "padding_side": "left"}, ()),
+    "truncation_side": (CONFIG, {"truncation_side": "left", "model_max_length": 4}, ()),
+    "spaces": (CONFIG, dict.fromkeys(CLEANED, True), ()),
+    "chat": (CONFIG, {"chat_template": "{{ messages[0].content }}!"}, ()),
+}
+
+
+def said_by(folder):
+    """What transformers makes of texts with the tokenizer of a folder."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(HARD_TEXT).input_ids
+    asked = {"padding": tokenizer.pad_token is not None, "truncation": True}
+    told = tokenizer.chat_template and tokenizer.apply_chat_template(
+        [{"role": "user", "content": "people"}], tokenize=False
+    )
+    return (
+        [ids, tokenizer(["The people", "free of"], **asked).input_ids],
+        [tokenizer.decode(ids), tokenizer.decode(tokenizer("It is n't .").input_ids)],
+        [told, tokenizer.model_max_length, tokenizer.special_tokens_map],
+    )
+
+
+@pytest.fixture(params=OWN_FIELDS)
+def with_own_files(request, tmp_path):
+    """A model with the tokens of the package, and more in its tokenizer's files."""
+    folder, (name, fields, gone) = tmp_path / "model", OWN_FIELDS[request.param]
+    write(folder, vocab_size=4100)
+    hugging_face_tokenizer.write(folder, "sotu4096", 16)
+    content = read_json(folder / name, "") | fields
+    (folder / name).write_text(json.dumps(content))
+    for other in gone:
+        (folder / other).unlink()
+    if name == WHOLE and CONFIG not in gone:
+        # The class of GPT-2 reads less of it.
+        kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        own = read_json(folder / CONFIG, "") | kind
+        (folder / CONFIG).write_text(json.dumps(own))
+    return folder
+
+
+def test_an_export_keeps_what_the_tokenizers_own_files_ask_for(
+    with_own_files, tmp_path
+):
+    made = run_export(with_own_files, tmp_path)
+    assert said_by(made) == said_by(with_own_files)
+    for name in (WHOLE, CONFIG):
+        if (with_own_files / name).is_file():
+            stored = read_json(with_own_files / name, "")
+            assert read_json(made / name, "") == stored
+
+
+@pytest.mark.parametrize("form", ["hf-factored", "coded"])
+@pytest.mark.parametrize(
+    "with_own_files", ["a_first_token_without_config", "add_bos_token"], indirect=True
+)
+def test_a_small_export_keeps_what_the_tokenizers_own_files_ask_for(
+    form, with_own_files, tmp_path
+):
+    """Also if the folder of the model is gone."""
+    data = dict.fromkeys(("train", "val"), np.arange(2000))
+    methods, small = "coded" if form == "coded" else "svd", tmp_path / "small"
+    limit = {"max_bytes": 4100 * 40, "methods": methods}
+    pcagpt.compress(with_own_files, data=data, **limit).save(small)
+    wanted = said_by(with_own_files)
+    shutil.rmtree(with_own_files)
+    made = run_export(small, tmp_path, form)
+    assert said_by(made) == wanted
+    if form == "hf-factored":
+        assert said_by(run_export(made, tmp_path / "again")) == wanted
 
 
 @pytest.mark.parametrize("name", RANKS)

@@ -8,18 +8,26 @@ from typing import Any
 
 import tiktoken
 
-from pcagpt.data import gguf_header, vocabulary
+from pcagpt.data import gguf_header, tokenizer_files, vocabulary
 from pcagpt.data.tokenizer import END_OF_TEXT
-from pcagpt.data.tokenizer_settings import CONFIG
-from pcagpt.data.vocabulary_files import MERGES, VOCAB, WHOLE, letters_of
+from pcagpt.data.tokenizer_settings import CONFIG, GPT2, class_beside
+from pcagpt.data.vocabulary_files import (
+    DAMAGED,
+    MERGES,
+    VOCAB,
+    WHOLE,
+    fields_of,
+    letters_of,
+)
 from pcagpt.files import write_text
-from pcagpt.json_files import write_json, write_plain_json
+from pcagpt.json_files import read_json, write_json, write_plain_json
 
 _OTHERS = (MERGES, CONFIG, "special_tokens_map.json", "added_tokens.json")
 # What a tokenizer may consist of.
 FILES = (WHOLE, VOCAB, "tokenizer.model", *_OTHERS)
 # What a person's folder may have beside the main file.
 _BESIDE = (*_OTHERS, "chat_template.jinja", "chat_template.json", "tokenizer.model")
+_OF_PACKAGED = (WHOLE, VOCAB, *_BESIDE[:-1])
 
 
 def write(
@@ -27,8 +35,8 @@ def write(
 ) -> None:
     """Writes the tokenizer with a name of `vocabulary` for texts of `length` tokens.
 
-    None: of any length. `own`: `tokenizer_files.own_settings` of the files that it came
-    with, for a tokenizer of the package.
+    None: of any length. `own`: `own_files` of the files that it came with, for a
+    tokenizer of the package. No other files are written then.
     """
     encoding = vocabulary.load(name)
     if not isinstance(encoding, tiktoken.Encoding):
@@ -49,8 +57,7 @@ def write(
     tokens = list(map(encoding.decode_single_token_bytes, range(encoding.eot_token)))
     pairs = [" ".join(map(letters_of, pair)) for pair in _merges(tokens)]
     vocab = {letters_of(token): number for number, token in enumerate(tokens)}
-    write_plain_json(folder / VOCAB, vocab | {END_OF_TEXT: encoding.eot_token})
-    write_text(folder / MERGES, "\n".join(["#version: 0.2", *pairs, ""]))
+    vocab |= {END_OF_TEXT: encoding.eot_token}
     special = {"special": True, "normalized": False, "single_word": False}
     special |= {"id": encoding.eot_token, "lstrip": False, "rstrip": False}
     bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -71,18 +78,50 @@ def write(
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "vocab": vocab | {END_OF_TEXT: encoding.eot_token},
-            "merges": pairs,
         },
     }
-    write_plain_json(folder / WHOLE, whole)
     config = {
         "tokenizer_class": "GPT2Tokenizer",
         "add_prefix_space": False,
         "model_max_length": length,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
     }
-    write_plain_json(folder / CONFIG, config | (own or {}))
+    plain = {VOCAB: {}, MERGES: {}, WHOLE: whole, CONFIG: config}
+    for file, content in (own or plain).items():
+        if file == MERGES:
+            content = "\n".join(["#version: 0.2", *pairs, ""])
+        elif file == VOCAB:
+            content = vocab
+        elif file == WHOLE:
+            model = content["model"] | {"vocab": vocab, "merges": pairs}
+            content = content | {"model": model}
+        write = write_text if isinstance(content, str) else write_plain_json
+        write(folder / file, content)
+
+
+def own_files(folder: Path) -> dict[str, Any]:
+    """{name: content} of the files of a tokenizer of the package in a folder.
+
+    Its vocabulary and its merges are left out: the package has them. All else is kept,
+    such as a token before each text and the template of a chat.
+    """
+    main = tokenizer_files.file_of(folder)
+    if main is None or main.name not in (WHOLE, VOCAB):
+        return {}
+    found: dict[str, Any] = {}
+    for file in filter(Path.is_file, (folder / name for name in _OF_PACKAGED)):
+        if file.name in (VOCAB, MERGES):
+            found[file.name] = {}
+        elif file.name == WHOLE:
+            found[file.name] = fields_of(file)
+        elif file.suffix == ".json":
+            found[file.name] = read_json(file, DAMAGED)
+        else:
+            found[file.name] = file.read_bytes().decode("utf-8", "replace")
+    # The config.json of an export may be one that tells transformers no class.
+    config = found.get(CONFIG, {})
+    kind = config.get("tokenizer_class") or class_beside(main) or GPT2
+    return found | {CONFIG: config | {"tokenizer_class": kind}}
 
 
 def write_characters(folder: Path, texts: Sequence[str]) -> None:

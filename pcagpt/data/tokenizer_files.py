@@ -17,7 +17,6 @@ from pcagpt.data.tokenizer import END_OF_TEXT, Numbering, encoding_from_ranks
 from pcagpt.data.tokenizer_settings import (
     SAVE_WHOLE,
     check_kind,
-    config_beside,
     disagreement,
     end_beside,
 )
@@ -37,7 +36,6 @@ from pcagpt.errors import UserError
 from pcagpt.file_hashes import sha256_of_file
 from pcagpt.files import odd_kind
 
-_TEMPLATE = "chat_template"  # its own file, or a field of the settings
 # Normalizers in tokenizer.json that drop no character.
 _KEEPING = ("ByteLevel", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Prepend")
 
@@ -138,23 +136,6 @@ def _byte_level(tokenizers: Any, file: Path) -> Any:
     made.decoder = tokenizers.decoders.ByteLevel()
     made.add_special_tokens([END_OF_TEXT])
     return made
-
-
-def own_settings(folder: Path) -> dict[str, Any]:
-    """What the tokenizer in a folder says besides how it cuts text.
-
-    These are fields of tokenizer_config.json: its special tokens, the template of a
-    chat, and the sides on which texts are filled up or cut off.
-    """
-    file = file_of(folder)
-    if file is None or file.name not in (WHOLE, VOCAB):
-        return {}
-    config = config_beside(file)
-    if (template := file.with_name(f"{_TEMPLATE}.jinja")).is_file():
-        config |= {_TEMPLATE: template.read_text("utf-8", "replace")}
-    names = (_TEMPLATE, "padding_side", "truncation_side")
-    ends = ("_token", "_special_tokens")
-    return {n: of for n, of in config.items() if n in names or n.endswith(ends)}
 
 
 def _changes_texts(whole: Path) -> bool:

@@ -24,7 +24,7 @@ from pcagpt.json_files import read_json
 CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"
 _MODEL = "config.json"  # of the model
 _SPECIAL = "special_tokens_map.json"
-_GPT2 = "GPT2Tokenizer"  # a class of transformers
+GPT2 = "GPT2Tokenizer"  # a class of transformers
 # Files that a folder with GPT-2's tokens does not have alone.
 _PARTS = (VOCAB, MERGES, _ADDED, "vocab.txt", "*.model", "*.tiktoken")
 _ENDS = ("bos_token", "eos_token", "unk_token")  # <|endoftext|> if none is named
@@ -42,9 +42,9 @@ def check_is_gpt2s(folder: Path) -> None:
     special_tokens_map.json say is no such trace.
     """
     traces = [file for file in sorted(folder.iterdir()) if any(map(file.match, _PARTS))]
-    config, kind = config_beside(folder / WHOLE), _class_beside(folder / WHOLE)
+    config, kind = config_beside(folder / WHOLE), class_beside(folder / WHOLE)
     is_other = config.get("add_prefix_space") or _other_special(config, [END_OF_TEXT])
-    if is_other or not _is_gpt2(kind or _GPT2):
+    if is_other or not _is_gpt2(kind or GPT2):
         named = (folder / name for name in (CONFIG, _SPECIAL, _MODEL))
         traces += filter(Path.is_file, named)
     if traces:
@@ -57,7 +57,7 @@ def check_is_gpt2s(folder: Path) -> None:
 
 def check_kind(vocab: Path) -> None:
     """UserError if a vocab.json is for another way to cut text than GPT-2's."""
-    kind, cut = _class_beside(vocab), str(_model_beside(vocab).get("model_type"))
+    kind, cut = class_beside(vocab), str(_model_beside(vocab).get("model_type"))
     is_gpt2 = _is_gpt2(kind)
     if not is_gpt2 and (kind or cut.startswith(_OTHER_CUTS)):
         raise UserError(
@@ -173,7 +173,7 @@ def _model_beside(file: Path) -> dict[str, Any]:
     return read_json(file.with_name(_MODEL), DAMAGED, True) or {}
 
 
-def _class_beside(file: Path) -> Any:
+def class_beside(file: Path) -> Any:
     """The class of a tokenizer in transformers; None if no file beside it tells."""
     own, of_model = (
         one.get("tokenizer_class") for one in (config_beside(file), _model_beside(file))
@@ -183,7 +183,7 @@ def _class_beside(file: Path) -> Any:
 
 def _is_gpt2(kind: object) -> bool:
     """Whether a class of tokenizers of transformers is that of GPT-2."""
-    return str(kind).removesuffix("Fast") == _GPT2
+    return str(kind).removesuffix("Fast") == GPT2
 
 
 def is_plain_end(added: Any) -> bool:

@@ -16,7 +16,7 @@ from pcagpt.compression import stored_tensors
 from pcagpt.compression.codes import KINDS, Codes
 from pcagpt.compression.read_table import read_table
 from pcagpt.config import Settings
-from pcagpt.data import hugging_face_tokenizer, tokenizer_settings, vocabulary
+from pcagpt.data import hugging_face_tokenizer, vocabulary
 from pcagpt.errors import UserError
 from pcagpt.factorization import BandFactors, FactorizedTable
 from pcagpt.file_hashes import sha256_of_file
@@ -202,7 +202,8 @@ class RunSource:
             hugging_face_tokenizer.write_characters(folder, texts)
         elif self._tokenizer:
             kept = self.record.get(generation_files.FIELD) or {}
-            own, length = kept.get(tokenizer_settings.CONFIG), self._config.block_size
+            own = kept.get(generation_files.TOKENIZER) or {}
+            length, own = self._config.block_size, own.get(self._tokenizer)
             hugging_face_tokenizer.write(folder, self._tokenizer, length, own)
 
 

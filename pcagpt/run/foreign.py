@@ -14,7 +14,7 @@ import numpy as np
 
 from pcagpt import trees
 from pcagpt.config import KNOBS
-from pcagpt.data import tokenizer_files, tokenizer_settings, vocabulary
+from pcagpt.data import hugging_face_tokenizer, tokenizer_settings, vocabulary
 from pcagpt.data.meta import META_FILES, read_meta
 from pcagpt.data.tokenizer import RANKS
 from pcagpt.errors import UserError, warn_once
@@ -147,9 +147,9 @@ def _record(folder: Path) -> dict[str, Any]:
         _check_rows(folder, "tokenizer", vocabulary.describe(name).rows_needed, rows)
         sha256 = vocabulary.describe(name).sha256
         # Exports write the files of such a tokenizer anew.
-        if name in RANKS and (own := tokenizer_files.own_settings(folder)):
+        if name in RANKS and (own := hugging_face_tokenizer.own_files(folder)):
             kept = record.setdefault(generation_files.FIELD, {})
-            kept[tokenizer_settings.CONFIG] = own
+            kept[generation_files.TOKENIZER] = {name: own}
         return record | {"tokenizer": name, "tokenizer_sha256": sha256}
     if any((folder / file).is_file() for file in META_FILES):  # nanoGPT's meta.pkl
         info, size = read_meta(folder, "auto"), None

@@ -1,7 +1,8 @@
 """What a model's own files say of writing text: which ids end one, and how to draw.
 
-A record keeps it as 'generation': {file: what is kept of it}. A run that is made from
-another one keeps that of the other. Runs of our own, and older records, have none.
+A record keeps it as 'generation': {file: what is kept of it}, with the files of a
+tokenizer of the package beside them. A run that is made from another one keeps that of
+the other. Runs of our own, and older records, have none.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from pcagpt.json_files import read_json
 from pcagpt.run.hugging_face import CONFIG, stored_config
 
 FIELD, FILE = "generation", "generation_config.json"
+TOKENIZER = "tokenizer"  # in FIELD: {name: `hugging_face_tokenizer.own_files`}
 _EOS = "eos_token_id"
 _IDS = ("bos_token_id", _EOS, "pad_token_id")
 _ALL_IDS = (
