@@ -53,6 +53,15 @@ _SUPPORTED: dict[str, tuple] = {
     "add_cross_attention": (False,),
     "pruned_heads": (None, {}),
     "quantization_config": (None,),
+    # transformers obeys these in models of any architecture.
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "sliding_window": (None,),
+    "attention_chunk_size": (None,),
+    "layer_types": (None,),
+    "kv_sharing_modes": (None,),
+    "per_layer_config": (None, {}),
+    "fusion_config": (None, {}),
 }
 # transformers reads these names, too.
 _ALIASES = {
