@@ -277,12 +277,13 @@ def test_a_model_that_names_no_end_gets_none_in_exports(talker, tmp_path):
 
 def test_settings_of_generation_in_config_json_are_kept(talker, tmp_path):
     (talker / FILE).unlink()
-    config = fields_of(talker / "config.json") | {"temperature": 0.3, "top_k": 9}
+    drawing = {"temperature": 0.3, "top_k": 9, "bad_words_ids": [[5]], "min_p": 0.1}
+    config = fields_of(talker / "config.json") | drawing | {"top_p": None}
     put(talker / "config.json", **config)
     assert fields_of(run_export(talker, tmp_path) / FILE) == {
         "_from_model_config": True,
         **{"bos_token_id": 2, "eos_token_id": SIZE - 1, "pad_token_id": 1},
-        **{"temperature": 0.3, "top_k": 9},
+        **drawing,
     }
 
 

@@ -26,6 +26,7 @@ from pcagpt.file_hashes import sha256_of_file
 from pcagpt.json_files import read_json
 from pcagpt.losses import cross_entropy
 from pcagpt.run.generate import generate
+from pcagpt.run.generation_files import FILE
 from pcagpt.run.trained import Run
 
 NEEDED = "pip install 'pcagpt[hf]'"
@@ -382,6 +383,18 @@ def test_an_export_writes_the_text_of_its_model_up_to_its_end(form, chat, tmp_pa
     assert text.startswith(generated)
     settings = [one.generation_config.to_diff_dict() for one in (found, theirs)]
     assert settings[0] == settings[1]
+
+
+def test_an_export_draws_texts_as_config_json_of_its_model_says(tmp_path):
+    """As transformers does if there is no generation_config.json."""
+    config = transformers.GenerationConfig().to_dict()
+    # The ids have tests of their own; the version is that of the file.
+    no_drawing = {"_from_model_config", "transformers_version"}
+    left_out = {name for name in config if name.endswith("_id")} | no_drawing
+    odd = dict.fromkeys(config.keys() - left_out, 1)
+    write(tmp_path / "model", **odd, bos_token_id=1, eos_token_id=2)
+    made = read_json(run_export(tmp_path / "model", tmp_path) / FILE, "")
+    assert {name: made.get(name) for name in odd} == odd
 
 
 END, WHOLE, CONFIG = "<|endoftext|>", "tokenizer.json", "tokenizer_config.json"

@@ -22,11 +22,28 @@ _ALL_IDS = (
     "suppress_tokens", "begin_suppress_tokens",
 )  # fmt: skip
 _NAMED = 8  # lost ids in a warning
-# transformers takes these from config.json if there is no other file.
+# transformers takes these from config.json if there is no other file: all fields of its
+# GenerationConfig (5.24).
 _DRAWING = (
-    "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
-    "no_repeat_ngram_size", "num_beams", "max_length", "max_new_tokens", "min_length",
     *_ALL_IDS[len(_IDS) :],
+    "assistant_confidence_threshold", "assistant_early_exit",
+    "assistant_ensemble_weight", "assistant_lookbehind", "bad_words_ids",
+    "cache_config", "cache_implementation", "compile_config", "constraints",
+    "continuous_batching_config", "disable_compile", "diversity_penalty",
+    "do_sample", "dola_layers", "early_stopping", "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff",
+    "exponential_decay_length_penalty", "force_words_ids", "guidance_scale",
+    "is_assistant", "length_penalty", "low_memory", "max_cache_len", "max_length",
+    "max_matching_ngram_size", "max_new_tokens", "max_time", "min_length",
+    "min_new_tokens", "min_p", "no_repeat_ngram_size", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "num_beam_groups", "num_beams",
+    "num_return_sequences", "output_attentions", "output_hidden_states",
+    "output_logits", "output_scores", "penalty_alpha", "prefill_chunk_size",
+    "prompt_lookup_num_tokens", "remove_invalid_values", "renormalize_logits",
+    "repetition_penalty", "return_dict_in_generate", "sequence_bias",
+    "speculation_type", "stop_strings", "target_lookbehind", "temperature",
+    "token_healing", "top_h", "top_k", "top_p", "typical_p", "use_cache", "use_mtp",
+    "watermarking_config",
 )  # fmt: skip
 _FROM_CONFIG = {"_from_model_config": True}
 _REMEDY = f"restore it, or remove it, so that {CONFIG} counts"
@@ -70,7 +87,8 @@ def _stated(folder: Path) -> dict[str, dict[str, Any]]:
     ids = {name: config[name] for name in _IDS if name in config}
     own = read_json(folder / FILE, _REMEDY)
     if own is None:
-        drawing = {name: config[name] for name in _DRAWING if name in config}
+        drawing = {name: config.get(name) for name in _DRAWING}
+        drawing = {name: of for name, of in drawing.items() if of is not None}
         own = _FROM_CONFIG | ids | drawing
     else:  # transformers takes none of config.json then.
         own = dict.fromkeys(_IDS[:2]) | own
