@@ -63,6 +63,10 @@ def talkers(tmp_path_factory):
         transformers_version="5.0.0",
     )
     put(folder / "tokenizer_config.json", eos_token="Ġ", chat_template=TEMPLATE)
+    drawn = {"text-generation": {"do_sample": True, "max_length": 50}}
+    config = fields_of(folder / "config.json")
+    config |= {"prefix": "The ", "task_specific_params": drawn}
+    put(folder / "config.json", **config)
     return folder, end
 
 
@@ -252,7 +256,8 @@ def test_exports_keep_ends_padding_and_settings(form, talker, tmp_path):
             fields_of(folder / "config.json"),
             fields_of(talker / "config.json"),
         )
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        for name in (*ids, "prefix", "task_specific_params"):
             assert config[name] == own[name]
         found = fields_of(folder / FILE)
         assert {"bos_token_id": None} | fields_of(talker / FILE) == found

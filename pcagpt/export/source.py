@@ -184,9 +184,9 @@ class RunSource:
 
     def config(self) -> dict[str, Any]:
         """As `Source.config`."""
-        ids = self._generation[hugging_face.CONFIG]
+        more = self._generation[hugging_face.CONFIG]
         return hugging_face_files.config(
-            self.run.settings.model, self._config.vocab_size, ids
+            self.run.settings.model, self._config.vocab_size, more
         )
 
     @functools.cached_property

@@ -21,6 +21,8 @@ _ALL_IDS = (
     *_IDS, "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id",
     "suppress_tokens", "begin_suppress_tokens",
 )  # fmt: skip
+# The pipelines of transformers take these from config.json.
+_OF_PIPELINES = ("prefix", "task_specific_params")
 _NAMED = 8  # lost ids in a warning
 # transformers takes these from config.json if there is no other file: all fields of its
 # GenerationConfig (5.24).
@@ -92,7 +94,8 @@ def _stated(folder: Path) -> dict[str, dict[str, Any]]:
         own = _FROM_CONFIG | ids | drawing
     else:  # transformers takes none of config.json then.
         own = dict.fromkeys(_IDS[:2]) | own
-    return {CONFIG: ids, FILE: own}
+    pipelines = {name: config[name] for name in _OF_PIPELINES if name in config}
+    return {CONFIG: ids | pipelines, FILE: own}
 
 
 def _with_rows(content: dict[str, Any], rows: int, path: Path) -> dict[str, Any]:
@@ -139,7 +142,7 @@ def written(
 ) -> dict[str, dict[str, Any]]:
     """{file: fields} of an export, so that it ends and draws texts as its model does.
 
-    Of config.json, only the ids.
+    Of config.json, only the ids and what pipelines read.
     """
     own, several = record.get(FIELD) or {}, ends(record, separator)
     eos = several if len(several) > 1 else next(iter(several), None)

@@ -51,12 +51,12 @@ def write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def config(
-    model: ModelSettings, vocab_size: int, ids: Mapping[str, Any]
+    model: ModelSettings, vocab_size: int, more: Mapping[str, Any]
 ) -> dict[str, Any]:
     """config.json of transformers for the model of a run.
 
-    `ids` are its fields for the ids that begin and end a text. UserError for a knob
-    that GPT-2 of transformers does not have.
+    `more` are its fields that say how texts begin, end and are drawn. UserError for a
+    knob that GPT-2 of transformers does not have.
     """
     for name in set(BLOCK_KNOBS) - set(_KNOWN_KNOBS):
         if getattr(model, name) != KNOBS[f"model.{name}"].default:
@@ -77,7 +77,7 @@ def config(
         "layer_norm_epsilon": LAYER_NORM_EPSILON,
         "tie_word_embeddings": True,
         **dropouts,
-        **ids,
+        **more,
     }
 
 
