@@ -76,6 +76,28 @@ def swept(request, tmp_path_factory):
     return place / "model", place
 
 
+def test_an_export_has_the_data_of_a_tokenizer_and_names_its_code(
+    swept, tmp_path, caplog
+):
+    model, workdir = swept
+    data = ("source.spm", "tokenizer.model", "tokenizer.model.v3", "chat.jinja")
+    own = [model / name for name in (*data, "tokenization_own.py")]
+    for file in own:
+        file.write_text("own")
+    outcome = call(
+        f"--config={CONFIGS / 'export.py'}",
+        f"--config.model_path={workdir / 'compressed/best_k4'}",
+        f"--config.workdir={tmp_path}",
+    )
+    for file in own:
+        file.unlink()
+    assert outcome.code == 0, outcome
+    assert "tokenization_own.py is not in it" in caplog.text
+    made = {file.name for file in (tmp_path / "exported/best_k4_hf").iterdir()}
+    assert made >= {*data}
+    assert "tokenization_own.py" not in made
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_an_export_has_the_loss_that_was_measured(name, swept):
     model, workdir = swept

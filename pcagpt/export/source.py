@@ -17,7 +17,7 @@ from pcagpt.compression.codes import KINDS, Codes
 from pcagpt.compression.read_table import read_table
 from pcagpt.config import Settings
 from pcagpt.data import hugging_face_tokenizer, vocabulary
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, warn_once
 from pcagpt.factorization import BandFactors, FactorizedTable
 from pcagpt.file_hashes import sha256_of_file
 from pcagpt.json_files import read_json
@@ -43,7 +43,10 @@ from pcagpt.run.trained import Run
 # Files of a model's folder that come along: config of generation, tokenizer, licence.
 # Its own files are written anew; it may be an export itself.
 _OWN = (hugging_face.CONFIG, hugging_face.INDEX, exported.FILE)
-_BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
+_BESIDE = (
+    "*.json", "*.txt", "*.model", "*.model.v*", "*.spm", "*.jinja", "*.tiktoken",
+    "LICENSE*",
+)  # fmt: skip
 
 
 class ExportedTable(NamedTuple):
@@ -304,7 +307,14 @@ class DecoderSource:
         """As `Source.write_beside`: copies the small files of the original.
 
         Instead of files of a tokenizer that the original lacks, it writes that one.
+        Code is not copied: a line names it.
         """
+        code = sorted(path.name for path in self.original.folder.glob("*.py"))
+        if code:
+            warn_once(
+                f"{self.original.folder}: an export has no code of its model, so "
+                f"{', '.join(code)} is not in it: if its tokenizer needs this, copy it"
+            )
         is_written = self._characters or self._tokenizer
         left_out = (*_OWN, *(hugging_face_tokenizer.FILES if is_written else ()))
         for pattern in _BESIDE:
