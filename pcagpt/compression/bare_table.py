@@ -18,6 +18,7 @@ from pcagpt.factorization.table import sha256_of_arrays
 from pcagpt.methods import CODES, FREE, METHODS, OWN_TABLE
 from pcagpt.rows import ErrorRow, SwapScores
 from pcagpt.run import calibrate
+from pcagpt.run.origin import origin_of
 
 
 class BareTable:
@@ -25,7 +26,7 @@ class BareTable:
 
     table_VD: [V, D] float32; statistics: of its model, None if they are not known:
     every error of every row then counts alike; label: of its progress; is_checked:
-    whether the statistics are known to be of this table.
+    whether the statistics are known to be of this table; origin: `Origin.stored`.
     """
 
     def __init__(
@@ -35,9 +36,11 @@ class BareTable:
         singular_value_split: float = 0.0,
         label: str = "a table",
         is_checked: bool = False,
+        origin: dict[str, Any] | None = None,
     ):
         self.table_VD, self.statistics, self.label = table_VD, statistics, label
         self._split, self.is_checked = singular_value_split, is_checked
+        self.origin = origin or {}
 
     @classmethod
     def read(cls, path: Path, singular_value_split: float = 0.0) -> Self:
@@ -52,7 +55,8 @@ class BareTable:
         if beside.exists():
             known = calibrate.read_for(beside, table_VD, path)
         statistics, is_checked = known
-        return cls(table_VD, statistics, singular_value_split, path.name, is_checked)
+        origin, name = origin_of(path).stored, path.name
+        return cls(table_VD, statistics, singular_value_split, name, is_checked, origin)
 
     @functools.cached_property
     def compressor(self) -> Compressor:

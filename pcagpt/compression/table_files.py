@@ -18,25 +18,33 @@ ADVICE = "advice.json"  # beside the table that was found for a bound
 Found = TypeVar("Found")
 
 
-def write_table(folder: Path, candidate: Candidate) -> None:
-    """Writes the file of codes, or factors/, into a folder that has no table."""
+def write_table(
+    folder: Path, candidate: Candidate, origin: dict[str, Any] | None = None
+) -> None:
+    """Writes the file of codes, or factors/, into a folder that has no table.
+
+    `origin` is of the table that was compressed, for the metadata of factors.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if candidate.codes is None:
-        write_bands(folder / FACTORS, candidate.table)
+        write_bands(folder / FACTORS, candidate.table, origin)
         return
     kind, method = KINDS[candidate.recipe.method], candidate.recipe.method
     kind.write(folder / kind.file, candidate.codes, Description(method))
 
 
 def replace_table(
-    folder: Path, candidate: Candidate, advice: dict[str, Any] | None = None
+    folder: Path,
+    candidate: Candidate,
+    origin: dict[str, Any],
+    advice: dict[str, Any] | None = None,
 ) -> None:
-    """Writes a table into a folder, with advice.json if there is any advice.
+    """As `write_table`, with advice.json if there is any advice.
 
     Moves what is there aside.
     """
     with replacing(folder) as written:
-        write_table(written, candidate)
+        write_table(written, candidate, origin)
         if advice:
             write_json(written / ADVICE, advice)
 

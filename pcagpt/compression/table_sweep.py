@@ -48,7 +48,7 @@ def sweep_table(
             measured[best] = table.row(candidate)
             known.discard(best)
             output.check()
-            replace_table(place, candidate)
+            replace_table(place, candidate, table.origin)
     content = write(tried)
     print(f"report: {report(content)}", flush=True)
     return content
@@ -80,4 +80,4 @@ def advise_table(
     output.check()
     trials = [table.row(trial.candidate) for trial in tried]
     advice = output.heading | output.made_by | own | {"chosen": row, "trials": trials}
-    replace_table(place, candidate, advice)
+    replace_table(place, candidate, table.origin, advice)

@@ -4,7 +4,6 @@ Shape letters: V vocabulary, D model width, K rank.
 """
 
 import functools
-import hashlib
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +16,7 @@ from pcagpt.compression.codes import KINDS, Codes
 from pcagpt.compression.read_table import read_table
 from pcagpt.config import Settings
 from pcagpt.data import hugging_face_tokenizer, vocabulary
+from pcagpt.data.tokenizer import RANKS
 from pcagpt.errors import UserError, warn_once
 from pcagpt.factorization import BandFactors, FactorizedTable
 from pcagpt.file_hashes import sha256_of_file
@@ -37,7 +37,7 @@ from pcagpt.run import (
 )
 from pcagpt.run.folder import read_record
 from pcagpt.run.gpt2_names import PREFIX, TABLE
-from pcagpt.run.own_tokens import OwnTokens
+from pcagpt.run.own_tokens import OwnTokens, sha256_of_texts
 from pcagpt.run.trained import Run
 
 # Files of a model's folder that come along: config of generation, tokenizer, licence.
@@ -82,7 +82,7 @@ class Source(Protocol):
     folder: where it is; record: how it was made; identity: what tells it from others;
     architecture: the class of transformers; table_name: of its table among tensors;
     coded: the file of a coded table, or None;
-    tokenizer_sha256: None without a tokenizer of a name.
+    tokenizer_sha256: None without a tokenizer of a name; tokens: `OwnTokens.identity`.
     """
 
     folder: Path
@@ -93,6 +93,7 @@ class Source(Protocol):
     table: ExportedTable | Codes
     coded: Path | None
     tokenizer_sha256: str | None
+    tokens: dict[str, Any]
 
     @property
     def tensors(self) -> dict[str, np.ndarray]:
@@ -118,6 +119,17 @@ def open_source(settings: Settings) -> Source:
     return RunSource(Run.asked(settings), settings.data.tokenizer)
 
 
+def _told(tokens: OwnTokens, name: str | None) -> dict[str, Any]:
+    """The identity of tokens, with a tokenizer that was asked for.
+
+    Its path stays here, because an export may be published.
+    """
+    own = tokens.identity
+    if name:
+        own |= {"tokenizer": name, "tokenizer_sha256": vocabulary.describe(name).sha256}
+    return own | {"tokenizer": own["tokenizer"] if own["tokenizer"] in RANKS else None}
+
+
 class RunSource:
     """A run: a GPT-2 of our own or of another program; implements `Source`."""
 
@@ -129,9 +141,10 @@ class RunSource:
         self._tokenizer = run.tokens.tokenizer_name(tokenizer)
         self.tokenizer_sha256 = None
         if texts := self.record.get("characters"):
-            self.tokenizer_sha256 = hashlib.sha256(repr(texts).encode()).hexdigest()
+            self.tokenizer_sha256 = sha256_of_texts(texts)
         elif self._tokenizer:
             self.tokenizer_sha256 = vocabulary.describe(self._tokenizer).sha256
+        self.tokens = _told(run.tokens, self._tokenizer)
         self.check_unchanged = run.check_unchanged
         self._config = run.config(run.settings.model)
         self._variables = run.variables(self._config)
@@ -265,6 +278,7 @@ class DecoderSource:
             self.tokenizer_sha256 = vocabulary.describe(self._tokenizer).sha256
         elif self._characters:
             self.tokenizer_sha256 = record.get("tokenizer_sha256")
+        self.tokens = _told(tokens, name)
         self.check_unchanged = self.original.check_unchanged
         self.table_name, self._names = self._find_table()
 

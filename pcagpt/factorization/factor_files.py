@@ -11,7 +11,7 @@ metadata.json             method, source, its tokens, energy kept by each rank, 
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,14 +162,16 @@ def write(
     write_json(folder / METADATA_FILE, metadata | stated | ended)
 
 
-def write_bands(folder: Path, table: FactorizedTable) -> None:
+def write_bands(
+    folder: Path, table: FactorizedTable, origin: Mapping[str, Any] | None = None
+) -> None:
     """Writes the files of a table into a folder that has no table.
 
     token_order.npy           [V] int32, the token at each position
     wte_band{i}.npy           [n, k] float32, or [n, d] of a band at full width
     scale_mats_band{i}.npz    scale_up, scale_down: [k, d]; not at full width
     mean.npy                  [d] float32, added to the input, if the table is centred
-    metadata.json             digests of these files; written last
+    metadata.json             digests of these files, and `origin`; written last
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, band in enumerate(table.bands):
@@ -180,7 +182,7 @@ def write_bands(folder: Path, table: FactorizedTable) -> None:
         write_npy(folder / MEAN_FILE, _float32(table.mean))
     write_npy(folder / ORDER_FILE, table.order)
     files = digests_of(folder, [path.name for path in folder.glob("*.np[yz]")])
-    write_json(folder / METADATA_FILE, {"files": files})
+    write_json(folder / METADATA_FILE, {**(origin or {}), "files": files})
 
 
 def read_bands(folder: str | Path) -> FactorizedTable:

@@ -119,7 +119,9 @@ def _export(
             write_text(written / "README.md", model_card(source, form, losses))
         source.check_unchanged()
         files = digests_of(written, [path.name for path in written.iterdir()])
-        write_json(written / ORIGIN, origin | {"files": files})
+        # Imports of the table refuse other tokens.
+        tokens = {"tokens": source.tokens} if form == "npz" else {}
+        write_json(written / ORIGIN, origin | tokens | {"files": files})
         check_lock()
     if form == "npz" and isinstance(source, RunSource):
         how = (

@@ -37,6 +37,7 @@ from pcagpt.run.folder import (
     move_aside,
     watching,
 )
+from pcagpt.run.origin import origin_of
 from pcagpt.run.trained import Run
 from pcagpt.sharding import placement, processes
 from pcagpt.telemetry.boards import Boards
@@ -311,10 +312,14 @@ class FactorizeJob(Job):
         described = work.described | new
         ranks = sorted(map(int, described))
         singular_values = make.factors.singular_values
+        if run:
+            origin = {"step": run.step, "tokens": run.tokens.identity}
+        else:
+            origin = origin_of(self.source).stored
         metadata = {
             **self.identity(),
             "source": str(self.source),
-            **({"step": run.step, "tokens": run.tokens.identity} if run else {}),
+            **origin,
             "vocab_size": vocab_size,
             "n_embd": width,
             "effective_rank": factorization.effective_rank(singular_values),

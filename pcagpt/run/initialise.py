@@ -3,7 +3,6 @@
 Precedence: a checkpoint of the run itself, then these imports, then random weights.
 """
 
-import contextlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from pcagpt.model import (
     without_embedding,
 )
 from pcagpt.run import fingerprint
-from pcagpt.run.folder import choose, read_record
+from pcagpt.run.origin import origin_of
 from pcagpt.run.own_tokens import OwnTokens
 from pcagpt.run.trained import Run
 
@@ -150,12 +149,16 @@ def mixed_origins(init: InitSettings) -> str | None:
     Factors and blocks may be of different models, and factors of two factorizations.
     """
     pair = [*filter(None, (init.import_wte_npy, init.import_scale_matrices_npz))]
-    recipes = [made for path in pair if (made := _made(Path(path))[0])]
-    origins = {path: origin for path in _factors(init) if (origin := _origin(path))}
-    is_one = len(set(origins.values())) < 2
+    recipes = [made for path in pair if (made := origin_of(Path(path)).made)]
+    found = {path: origin_of(path).models for path in _factors(init)}
+    models = {path: of for path, of in found.items() if of}
+    is_one = not models or bool(frozenset.intersection(*models.values()))
     if init.blocks_from:
-        is_one = all(fingerprint.same(init.blocks_from, o) for o in origins.values())
-    named = [*map(str, origins), *filter(None, [init.blocks_from])]
+        is_one = all(
+            any(fingerprint.same(init.blocks_from, one) for one in of)
+            for of in models.values()
+        )
+    named = [*map(str, models), *filter(None, [init.blocks_from])]
     if not is_one:
         return f"{' and '.join(named)} are not of one model"
     other = [
@@ -188,53 +191,14 @@ def check_tokens(init: InitSettings, corpus: CorpusInfo, asked: str) -> None:
 
 def tokens_of_factors(init: InitSettings) -> list[OwnTokens]:
     """The tokens of each import of factors whose origin is known."""
-    return [found for path in _factors(init) if (found := _tokens(path))]
+    known = {path: origin_of(path).tokens for path in _factors(init)}
+    return [OwnTokens(at, of) for at, of in known.items() if of and "vocab_size" in of]
 
 
 def _factors(init: InitSettings) -> list[Path]:
     """The imports that hold factors."""
     names = ("import_wte_npy", "import_scale_matrices_npz", "import_bands")
     return [Path(path) for name in names if (path := getattr(init, name))]
-
-
-def _origin(path: Path) -> str | None:
-    """Fingerprint of the model that a factor file or a folder of bands was made from.
-
-    None if no metadata say it, or if the table was a bare file.
-    """
-    made, _ = _made(path)
-    if "step" in made:
-        return made.get("source_sha256") or made.get("fingerprint")
-    return None
-
-
-def _tokens(path: Path) -> OwnTokens | None:
-    """The tokens of the model that factors were made from; None if unknown.
-
-    Older metadata do not state them, but name the model.
-    """
-    made, known = _made(path)
-    source, origin = made.get("source"), made.get("source_sha256")
-    with contextlib.suppress(UserError):
-        if not known and source and "step" in made and fingerprint.same(source, origin):
-            known = choose(source)[0].stored
-    return OwnTokens(path, known) if known and "vocab_size" in known else None
-
-
-def _made(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What is known of a factor file or a folder of bands.
-
-    Returns how it was made, {} if unknown; and a record of its tokens.
-    """
-    if (path.parent / factor_files.ORDER_FILE).exists():  # One file of a band
-        path = path.parent
-    with contextlib.suppress(UserError):  # The metadata may be another program's.
-        if made := factor_files.read_metadata(path.parent):
-            return made, made.get("tokens")
-        record = read_record(path.parent) or {}
-        if made := record.get("compressed"):
-            return made, OwnTokens(path, record).identity
-    return {}, None
 
 
 def imported_weights(

@@ -1,6 +1,7 @@
 """The tokens that a run's model knows, and whether those of a corpus are the same."""
 
 import dataclasses
+import hashlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +16,11 @@ from pcagpt.data.token_array import pieces
 from pcagpt.data.tokenizer import RANKS, how_to_name_tokens
 from pcagpt.errors import UserError
 from pcagpt.run import generation_files
+
+
+def sha256_of_texts(texts: Collection[str]) -> str:
+    """The hash of characters in pcagpt.json of an export; meta files state another."""
+    return hashlib.sha256(repr(list(texts)).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +143,10 @@ class OwnTokens:
         if name in RANKS and name == other.record.get("tokenizer"):
             return True
         texts = [tuple(one.record.get("characters") or ()) for one in (self, other)]
-        hashes = [self._sha256, other._sha256]
-        return all(a == b for a, b in (texts, hashes) if a and b)
+        if all(texts):
+            return texts[0] == texts[1]
+        own, others = self._hashes, other._hashes
+        return not (own and others) or bool(own & others)
 
     @property
     def _sha256(self) -> str | None:
@@ -148,6 +156,15 @@ class OwnTokens:
             "tokenizer_sha256"
         )
         return stated or (RANKS[name].sha256 if name in RANKS else None)
+
+    @property
+    def _hashes(self) -> set[str]:
+        """The recorded hash, and that of the characters as exports state it."""
+        texts = self.record.get("characters")
+        return {
+            *filter(None, [self._sha256]),
+            *([sha256_of_texts(texts)] if texts else []),
+        }
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -179,14 +196,22 @@ class OwnTokens:
         if own and corpus.tokenizer:
             return
         texts = self.record.get("characters"), corpus.characters
-        hashes = self._sha256, corpus.tokenizer_sha256
-        known, other = hashes if None in texts else map(tuple, texts)
-        if known and other and known != other:
+        if None not in texts:
+            is_same = tuple(texts[0]) == tuple(texts[1])
+        else:
+            stated = {
+                "characters": corpus.characters,
+                "tokenizer_sha256": corpus.tokenizer_sha256,
+            }
+            other = dataclasses.replace(self, record=stated)._hashes
+            is_same = not (self._hashes and other) or bool(self._hashes & other)
+        if not is_same:
             raise self.other_numbering(corpus)
 
     def _may_fit(self, corpus: CorpusInfo) -> bool:
         """Whether only added tokens of its tokenizer can be ids without a row."""
-        if not (self.record.get("tokenizer") and corpus.tokenizer):
+        is_known = self.record.get("tokenizer") or self._sha256
+        if not (is_known and corpus.tokenizer):
             return False
         least = vocabulary.describe(corpus.tokenizer).rows_needed
         return least <= self.record["vocab_size"]
