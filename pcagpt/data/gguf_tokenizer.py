@@ -36,15 +36,17 @@ _FOUND_FIRST = (2, 3, 4)  # types of tokens: unknown, control, user-defined
 
 
 def is_gpt2s_kind(fields: TokenizerFields) -> bool:
-    """Whether a file cuts and joins a text as GPT-2 does: its last token ends one.
+    """Whether a file cuts and joins a text as GPT-2 does.
 
-    Other tokens must not be found in a text before it is cut, and nothing must be put
-    before it.
+    No token but the last, the end of a text, may be found in a text before it is cut,
+    and nothing may be put before a text.
     """
-    types = fields.others.get("token_type") or ()
+    types = fields.others.get("token_type") or []
+    if not isinstance(types, list) or fields.others.get(_PREFIX):
+        return False
     found_first = {number for number, kind in enumerate(types) if kind in _FOUND_FIRST}
-    is_so = found_first <= {len(fields.tokens) - 1} and not fields.others.get(_PREFIX)
-    return fields.kind == ("gpt2", "gpt-2") and is_so and not _ignored(fields)
+    is_cut_first = found_first <= {len(fields.tokens) - 1}
+    return fields.kind == ("gpt2", "gpt-2") and is_cut_first and not _ignored(fields)
 
 
 def is_changed(file: Path) -> bool:

@@ -68,7 +68,8 @@ def _merges_of_gpt2s_kind(file: Path) -> list[Any] | None:
     is_changed = cut.get("add_prefix_space") or whole.get("normalizer")
     is_joined_so = not any(map(model.get, OTHER_JOINS))
     added = whole.get("added_tokens")
-    has_end = isinstance(added, list) and any(map(is_plain_end, added))
+    # Another added token would be found in a text before it is cut.
+    has_end = isinstance(added, list) and added and all(map(is_plain_end, added))
     if not (model and is_cut_so and not is_changed and is_joined_so and has_end):
         return None
     model = (read_json(file, DAMAGED) or {}).get("model")  # It may be another by now.

@@ -83,8 +83,10 @@ add_and_norm.defvjp(_forward, _backward, symbolic_zeros=True)
 def _sum_of_repeats(rows_ND, length: int) -> jax.Array:
     """The sum over the repeats of `length` rows, [T, D] in the dtype of the rows.
 
-    XLA's sum over the leading axis would take four times as long on a GPU.
+    On a GPU, XLA's sum over the leading axis takes three times as long.
     """
+    if inside.device_count() > 1:  # They would send each other the slices.
+        return rows_ND.reshape(-1, length, rows_ND.shape[1]).sum(axis=0)
     repeats = (
         lax.slice_in_dim(rows_ND, start, start + length).astype(jnp.float32)
         for start in range(0, len(rows_ND), length)

@@ -163,7 +163,7 @@ class Attention(nn.Module):
         return _project_back(config, y_ND, v_bias_D, deterministic)
 
     def _attend_in_kernel(self, qkv_NX, q_bias_D, v_bias_D, shape):
-        """The update [N, D] of whole sequences, by a kernel that reads one array."""
+        """The update of whole sequences without dropout, by a kernel for one array."""
         _, length, heads, _ = shape
         _, k_ND, v_ND = jnp.split(qkv_NX, 3, axis=1)
         self._fill_cache(k_ND.reshape(shape), v_ND.reshape(shape))
@@ -249,7 +249,7 @@ def _add_to_queries_and_values(qkv_NX, q_bias_D, v_bias_D) -> jax.Array:
     return _add_bias(qkv_NX, jnp.concatenate(biases))
 
 
-def _of_queries_bias(width, gradient_NX):
+def _add_to_queries_and_values_backward(width, gradient_NX):
     of_q_ND = gradient_NX[:, :width].astype(jnp.float32)
     return gradient_NX, of_q_ND.sum(axis=0), None
 
@@ -259,7 +259,7 @@ _add_to_queries_and_values.defvjp(
         _add_to_queries_and_values(qkv_NX, *biases),
         len(biases[0]),
     ),
-    _of_queries_bias,
+    _add_to_queries_and_values_backward,
 )
 
 
@@ -267,8 +267,8 @@ _add_to_queries_and_values.defvjp(
 def _with_gradient_of_values(bias_D, v_bias_D, proj_DD) -> jax.Array:
     """The bias of a projection, which passes a gradient to the bias of its inputs.
 
-    Attention weights sum to 1, so a bias of values is one of the projection's inputs.
-    Its gradient is that of the bias @ proj.T, which no kernel must add up over rows.
+    Attention weights sum to 1, so a bias of values is added to each input of the
+    projection. Its gradient is proj @ that of the projection's bias: no sum over rows.
     """
     del v_bias_D, proj_DD
     return bias_D

@@ -106,6 +106,7 @@ def _gradient(qkv_NX, y_ND, normaliser_BHT, of_y_ND):
             _numbers(*normaliser_HT.shape),
         ),
     )
+    # The first kernel has left two thirds unwritten. The next one writes these.
     numbers = normaliser_HT, mean_HT
     inputs = _Inputs((qkv_NX,) * 2, (qkv_NX, of_y_ND), (), numbers)
     return _run(_OfKeys, inputs, sizes=sizes, completes=of_qkv_NX)
@@ -134,7 +135,7 @@ def _run(
     results: tuple = (),
     completes=None,
 ) -> tuple:
-    """The results, or the array that the kernel completes."""
+    """The results, and the array that the kernel completes, if there is one."""
     arrays, structure = jax.tree.flatten(inputs)
     dtype = arrays[0].dtype
     incomplete = ()
@@ -189,7 +190,7 @@ def _run(
 class _Kernel:
     """What all three kernels do.
 
-    *_thirds: which third of the columns each array [N, X] is about; 0 for [N, D].
+    *_thirds: the third of the columns that is read or written; 0 for [N, D].
     streamed: rows of a streamed tile; with 128, gradients do not fit in the registers.
     products: number of products of a kept tile and a streamed one; the first one is of
     queries and keys. sum_of: see `Products`.
