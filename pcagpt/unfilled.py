@@ -27,7 +27,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from pcagpt.errors import UserError
+from pcagpt.errors import UserError, warn_once
 from pcagpt.file_hashes import read_once
 
 _CHUNK = 1 << 20
@@ -54,7 +54,8 @@ def refuse_unfilled(path: Path, places: Mapping[str, Place]) -> None:
 
     Whole rows count only at the end: elsewhere, a matrix may have been set to zero on
     purpose. So may vectors: biases, and norms that add 1. A table's last rows may be
-    padding: less than 1 MiB, or 1/20 of the table.
+    padding: as many as `_padding`, in less than 1 MiB or 1/20 of the table. A warning
+    names more than 1/100 of them.
     """
     control = path.with_name(f"{path.name}.aria2")
     if control.exists():  # aria2c removes it at the end, and may leave holes before.
@@ -66,16 +67,38 @@ def refuse_unfilled(path: Path, places: Mapping[str, Place]) -> None:
     filled = _filled(path, end)
     for name, (shape, start, stop) in places.items():
         zeros, size = stop - max(start, filled), stop - start
-        is_all = zeros == size > 0
-        if len(shape) > 1 and (is_all or zeros > max(_CHUNK, size // 20)):
+        if len(shape) < 2 or not size or zeros <= 0:
+            continue
+        rows = math.prod(shape[:-1])
+        empty = zeros * rows // size
+        most = min(_padding(rows) * size // rows, max(_CHUNK, size // 20))
+        if zeros == size or zeros > most:
+            meant = (
+                f"; if its last {empty:,} of {rows:,} rows are meant to be zero, cut"
+            )
+            meant = "" if zeros == size else f"{meant} them off"
             raise UserError(
                 f"{path} ends in {end - filled:,} bytes of zeros, in which {name} is, "
-                "like a download that was not finished: download it again"
+                f"like a download that was not finished: download it again{meant}"
+            )
+        if empty > 1 + rows // 100:
+            warn_once(
+                f"{path}: the last {empty:,} of {rows:,} rows of {name} are zero; if "
+                "they are not meant to be, such as padding, the file was not finished"
             )
     begin = min((one.start for one in places.values()), default=0)
     runs = _runs_in(path, begin, end)
     with path.open("rb") as file:
         _refuse_holes(path, places, runs, _reader(file))
+
+
+def _padding(rows: int) -> int:
+    """The most rows of zeros that are taken for padding.
+
+    Padding to a multiple of 128 adds up to 127 rows, to one of 64 up to 63. Of a small
+    matrix, that may be most of it.
+    """
+    return max(1, rows // 20, min(127, rows // 4), min(63, (rows - 1) // 2))
 
 
 def refuse_holes(path: Path, name: str, array: np.ndarray) -> None:

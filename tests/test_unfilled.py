@@ -231,6 +231,43 @@ def test_a_hole_in_a_table_alone_is_refused(order, tmp_path):
         factor_files.read_table(path)
 
 
+# Rows of a table, those of them that are zero: real paddings, and small ones.
+PADDED = [
+    (50_304, 47), (151_936, 293), (152_064, 421), (32_128, 28), (51_200, 905),
+    (128, 28), (128, 63), (1000, 127),
+]  # fmt: skip
+UNFINISHED = [
+    (1000, 900), (1000, 128), (4096, 1996), (4096, 2048), (128, 64), (100, 50),
+    (20_000, 3000), (2, 1.5), (64, 33.5),
+]  # fmt: skip
+
+
+def end_never_written(path, rows, zeros):
+    """A table in a file that a program made in full size and began to fill."""
+    table = random(rows, 16)
+    table.reshape(-1)[table.size - int(zeros * 16) :] = 0
+    np.save(path, table)
+
+
+@pytest.mark.parametrize(("rows", "zeros"), PADDED)
+def test_rows_of_zeros_at_the_end_may_be_padding(rows, zeros, tmp_path, said):
+    end_never_written(tmp_path / "table.npy", rows, zeros)
+    factor_files.read_table(tmp_path / "table.npy")
+    line = f"the last {zeros:,} of {rows:,} rows of its table are zero"
+    assert [line in one for one in said()] == [True] * (zeros > rows // 100)
+
+
+@pytest.mark.parametrize(("rows", "zeros"), UNFINISHED)
+def test_a_small_table_that_was_mostly_not_written_is_refused(rows, zeros, tmp_path):
+    path = tmp_path / "table.npy"
+    end_never_written(path, rows, zeros)
+    said = rf"again; if its last {int(zeros):,} of {rows:,} rows are meant to be zero"
+    with pytest.raises(UserError, match=said):
+        factor_files.read_table(path)
+    np.save(path, np.load(path)[: rows - int(zeros)])  # As the line says.
+    factor_files.read_table(path)
+
+
 @pytest.mark.parametrize("begin", [500.5, 501])
 def test_a_hole_in_a_gguf_file_is_refused(begin, tmp_path):
     gguf = pytest.importorskip("gguf", reason="pip install 'pcagpt[hf]'")

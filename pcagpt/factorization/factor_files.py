@@ -327,7 +327,8 @@ def read_table(path: str | Path) -> np.ndarray:
     if table_VK.any():
         size, in_rows = path.stat().st_size, stored.flags.c_contiguous
         shape = stored.shape if in_rows else stored.shape[::-1]
-        refuse_unfilled(path, {"its table": Place(shape, size - stored.nbytes, size)})
+        name = "its table" if in_rows else "its table's transpose"
+        refuse_unfilled(path, {name: Place(shape, size - stored.nbytes, size)})
     return table_VK
 
 
