@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -1054,13 +1055,28 @@ def test_an_advised_model_that_a_run_started_from_is_not_replaced_without_overwr
     before = snapshot(folder)
     capsys.readouterr()
     other = changed(asked, overwrite=overwrite, **{"compress.max_params": 900})
-    compress(Settings.of(other), "a command")
+    refused = pytest.raises(UserError, match="max_params = 900 was not saved, because")
+    with nullcontext() if overwrite else refused:
+        compress(Settings.of(other), "a command")
     said = f"advised stays, because {run} started from it; another table"
     printed = capsys.readouterr().out
     assert (said in printed) == (not overwrite)
     assert ("configs/export.py" in printed) == overwrite
     assert len(list(folder.glob("advised.replaced-*"))) == overwrite
     assert (snapshot(folder) == before) == (not overwrite)
+
+
+def test_an_advised_model_that_stays_answers_its_own_bound(asked, capsys):
+    advice_of(asked, methods="svd", max_params=1000)
+    folder = folder_of(asked)
+    record = {"imported_sha256": {"weights_from": fingerprint.of(folder / "advised")}}
+    write_record(Path(asked.workdir) / "gpt_pca_distill_from_advised", record)
+    before = snapshot(folder)
+    capsys.readouterr()
+    other = {"compress.methods": "context", "compress.max_params": 1000}
+    compress(Settings.of(changed(asked, **other)), "a command")
+    assert "advised stays, because" in capsys.readouterr().out
+    assert snapshot(folder) == before
 
 
 def test_a_replaced_model_keeps_its_advice_beside_it(asked):

@@ -165,6 +165,20 @@ class _Table:
             for model in sorted(self._models):
                 check_model(model)
 
+    def _check_answered(self) -> None:
+        """Raises UserError if a model that stays is for another bound than the asked.
+
+        Scripts export it if the command succeeds.
+        """
+        ((name, bound),) = self.settings.compress.bounds.items()
+        earlier = (read_json(self._file, REMEDY) or {}).get("bounds")
+        if earlier != strict({name: bound}):
+            raise UserError(
+                f"the table for compress.{name} = {bound} was not saved, because "
+                f"{self.folder / ADVISED} stays: use another --config.workdir, or "
+                "--config.overwrite=True to move that model aside"
+            )
+
     def compress(self, command: str) -> None:
         """Does the work; `command` is for the report."""
         original, folder, settings = self.original, self.folder, self.settings
@@ -199,6 +213,7 @@ class _Table:
                 row = advise(
                     original, self._methods, options, output, overwrite=overwrite
                 )
+                processes.from_first(self._check_answered)
                 if row:
                     place = folder / ADVISED
                     self.found = [how_to_take(row, place, settings.workdir, heading)]
