@@ -300,6 +300,24 @@ def test_repeating_a_finished_experiment_only_reports_it_again(copied, capfd):
     assert following.startswith("sample it: ")
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_report_names_the_runs_that_another_one_showed(copied, capfd):
+    workdir = Path(copied.workdir)
+    execute(changed(copied, ranks=(4,)))
+    said = f"the report in {workdir} no longer shows"
+    (line,) = [one for one in capfd.readouterr().out.splitlines() if said in one]
+    assert line.endswith(", or repeat a command")
+    rows = json.loads((workdir / "results.json").read_text())["rows"]
+    shown = {row["folder"] for row in rows}
+    names = line.removeprefix(f"{said} ").partition(", which stay there: ")[0]
+    assert set(names.split(", ")) == {run for run in RUNS if run.endswith("k8")}
+    assert shown.isdisjoint(names.split(", "))
+    both = changed(copied, ranks=(4, 8))
+    capfd.readouterr()
+    execute(both)
+    assert "no longer shows" not in capfd.readouterr().out
+
+
 def test_only_the_first_process_prints(copied, capfd, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     execute(copied)

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -192,7 +193,9 @@ def _report(plan: Plan, is_new: bool, command: str) -> None:
             if is_new or known.get("rows") != results["rows"]:
                 show_results(plan.settings, command, results)
             check_lock()
+            replaced = results_in(workdir)  # Perhaps by a command at the same time.
             write_report(workdir, results)
+            _tell_of_others(workdir, replaced, results)
     except OSError as error:
         if is_new or error.errno not in READ_ONLY:
             raise
@@ -201,6 +204,21 @@ def _report(plan: Plan, is_new: bool, command: str) -> None:
         say(f"report: {page}")
     finally:  # Also if the report cannot be written.
         say(*experiment_lines(results, workdir))
+
+
+def _tell_of_others(
+    workdir: Path, replaced: dict[str, Any], results: dict[str, Any]
+) -> None:
+    """Prints a line if a report showed runs that it no longer shows."""
+    before, now = (
+        {row["folder"] for row in one.get("rows", ())} for one in (replaced, results)
+    )
+    if left := [one for one in sorted(before - now) if (workdir / one).exists()]:
+        say(
+            f"the report in {workdir} no longer shows {', '.join(left)}, which stay "
+            "there: list all ranks and seeds in one command to see all, or repeat "
+            f"{replaced['command']}"
+        )
 
 
 def _needed(plan: Plan) -> dict[Job, Status]:
