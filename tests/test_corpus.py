@@ -840,13 +840,24 @@ def test_the_characters_of_a_meta_file_are_known_in_the_order_of_ids(
 @pytest.mark.parametrize(
     ("known", "gaps"),
     [
-        ({"itos": {0: "a", 2: "c"}}, "itos has no text for id 1, 3"),
-        ({"stoi": {"a": 0, "b": 1, "c": 2}}, "stoi has no text for id 3"),
-        ({"itos": {0: "a", 1: "b", 2: "c", 3: b"d"}}, "itos has no text for id 3"),
-        ({"itos": [*"abcde"]}, "itos has more than its vocab_size 4, with id 4"),
+        ({"itos": {0: "a", 2: "c"}}, "itos of its meta file has no text for ids 1, 3"),
         (
-            {"itos": {1: "b", 2: "c", 3: "d", 4: "e"}},
-            "itos has no text for id 0, and more than its vocab_size 4, with id 4",
+            {"stoi": {"a": 0, "b": 1, "c": 2}},
+            "stoi of its meta file has no text for id 3",
+        ),
+        (
+            {"itos": {0: "a", 1: "b", 2: "c", 3: b"d"}},
+            "itos of its meta file has no text for id 3",
+        ),
+        (
+            {"itos": [*"abcde"]},
+            "itos of its meta file has texts for id 4, "
+            "which its vocab_size 4 does not have",
+        ),
+        (
+            {"itos": {1: "b", 2: "c", 3: "d", 4: "e", -1: "f"}},
+            "itos of its meta file has no text for id 0, and texts for ids 4, -1, "
+            "which its vocab_size 4 does not have",
         ),
         ({"itos": [*"abcd"]}, None),
         ({}, None),
@@ -857,7 +868,7 @@ def test_ids_without_a_text_are_named_once(folder, known, gaps, said):
     (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 4, **known}))
     found = [describe_corpus(str(folder)).characters for _ in range(2)]
     assert found == [tuple("abcd") if "itos" in known and not gaps else None] * 2
-    line = f"{folder}/meta.pkl: its {gaps}, so its ids are not shown as text: correct "
+    line = f"{folder}: the {gaps}: its ids are not shown as text; correct "
     assert [one.startswith(line) for one in said()] == [True] * bool(gaps)
 
 
@@ -865,7 +876,7 @@ def test_of_many_ids_without_a_text_some_are_named(folder, said):
     write_tokens(folder, [1, 2, 3], vocab_size=65, itos=[*"abc"])
     describe_corpus(str(folder))
     (line,) = said()
-    assert "itos has no text for id 3, 4, 5, 6, 7, 8, 9, 10, ..., so its ids" in line
+    assert "has no text for ids 3, 4, 5, 6, 7, 8, 9, 10, ...: its ids" in line
 
 
 def test_texts_that_contradict_each_other_are_refused(folder, cache):

@@ -128,6 +128,9 @@ def test_ids_of_a_models_files_end_its_texts(config, own, wanted, tmp_path):
         ("suppress_tokens", [1, 97], [1], ["97"]),
         ("begin_suppress_tokens", [97, 2], [2], ["97"]),
         ("suppress_tokens", [96], [96], []),
+        ("bad_words_ids", [[1], [2, 97]], [[1]], ["97"]),
+        ("bad_words_ids", [[-1]], None, ["-1"]),
+        ("sequence_bias", [[[1], 99], [[98], 1.5]], [[[1], 99]], ["98"]),
     ],
 )
 @pytest.mark.parametrize("file", ["config.json", FILE])

@@ -240,6 +240,7 @@ def packaged(tmp_path_factory):
         ({"types": {"ing": 3}}, False),
         ({"types": {"ing": 2}}, False),
         ({"says": {"pre": "olmo"}}, False),
+        ({"lacks": "tokenizer.ggml.token_type", "says": {"token_type": 3}}, False),
         ({"says": {"add_space_prefix": True}}, False),
         ({"says": {"remove_extra_whitespaces": True}}, False),
         ({"says": {"normalizer.lowercase": True}}, False),

@@ -117,6 +117,7 @@ def test_the_files_of_gpt2_have_its_name(gpt2_merges, tmp_path):
         {"normalizer": {"type": "Lowercase"}},
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
         {"added_tokens": [{"id": 50257, "content": "[PAD]"}]},
+        {"added_tokens": [end, {"id": vocab["ing"], "content": "ing"}]},
     ):
         (tmp_path / "tokenizer.json").write_text(json.dumps(whole | change))
         assert vocabulary.in_folder(tmp_path) == str(tmp_path / "tokenizer.json")

@@ -222,18 +222,19 @@ def _name_gaps(
         return
     lacking = (number for number in range(vocab_size) if number not in text_of_id)
     beyond = (number for number in text_of_id if not 0 <= number < vocab_size)
-    gaps = {
-        "no text for": lacking,
-        f"more than its vocab_size {vocab_size}, with": beyond,
-    }
+    outside = f", which its vocab_size {vocab_size} does not have"
     said = []
-    for what, numbers in gaps.items():
+    for what, numbers, why in (
+        ("no text for", lacking, ""),
+        ("texts for", beyond, outside),
+    ):
         if first := [str(number) for number in itertools.islice(numbers, _NAMED + 1)]:
+            noun = "ids" if len(first) > 1 else "id"
             more = ", ..." if len(first) > _NAMED else ""
-            said.append(f"{what} id {', '.join(first[:_NAMED])}{more}")
+            said.append(f"{what} {noun} {', '.join(first[:_NAMED])}{more}{why}")
     warn_once(
-        f"{path}: its {field} has {', and '.join(said)}, so its ids are not shown as "
-        f"text: correct its {field}"
+        f"{path.parent}: the {field} of its meta file has {', and '.join(said)}: its "
+        f"ids are not shown as text; correct {field} or vocab_size"
     )
 
 

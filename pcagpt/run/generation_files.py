@@ -21,6 +21,7 @@ _ALL_IDS = (
     *_IDS, "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id",
     "suppress_tokens", "begin_suppress_tokens",
 )  # fmt: skip
+_SEQUENCES = ("bad_words_ids", "sequence_bias")  # of ids; a bias is beside its sequence
 # The pipelines of transformers take these from config.json.
 _OF_PIPELINES = ("prefix", "task_specific_params")
 _NAMED = 8  # lost ids in a warning
@@ -68,9 +69,9 @@ def name_lost(folder: Path, rows: int) -> None:
     lost = dict.fromkeys(
         f"{name} {one}"
         for content in _stated(folder).values()
-        for name in _ALL_IDS
-        for one in _listed(content.get(name))
-        if not 0 <= one < rows
+        for name in (*_ALL_IDS, *_SEQUENCES)
+        for entry in _listed(content.get(name))
+        for one in (_without_row(name, entry if name in _SEQUENCES else [entry], rows))
     )
     if lost:
         more = ", ..." if len(lost) > _NAMED else ""
@@ -114,7 +115,21 @@ def _with_rows(content: dict[str, Any], rows: int, path: Path) -> dict[str, Any]
             del kept[name]
         elif len(known) < len(ids):
             kept[name] = known
+    # transformers refuses sequences with ids that its table does not have.
+    for name in _SEQUENCES:
+        sequences = _listed(content.get(name))
+        known = [one for one in sequences if not _without_row(name, one, rows)]
+        if len(known) < len(sequences):
+            kept[name] = known or None
     return kept
+
+
+def _without_row(name: str, entry: Any, rows: int) -> list[int]:
+    """The ids of a sequence that have no row; a bias may be beside the sequence."""
+    has_bias = name == "sequence_bias" and isinstance(entry, list) and entry
+    ids = entry[0] if has_bias else entry
+    ids = ids if isinstance(ids, list) else []
+    return [one for one in ids if type(one) is int and not 0 <= one < rows]
 
 
 def _listed(ids: Any) -> list[Any]:
