@@ -12,10 +12,7 @@ Q8 = gguf.GGMLQuantizationType.Q8_0
 def add_tokenizer_fields(writer, says):
     """Writes what a file says of its tokenizer; None stands for no such field."""
     for name, value in says.items():
-        add = {
-                bool: writer.add_bool, int: writer.add_uint32,
-                str: writer.add_string, list: writer.add_array,
-            }  # fmt: skip
+        add = {bool: writer.add_bool, str: writer.add_string, list: writer.add_array}
         if value is not None:
             add[type(value)](f"tokenizer.ggml.{name}", value)
 

@@ -240,7 +240,6 @@ def packaged(tmp_path_factory):
         ({"types": {"ing": 3}}, False),
         ({"types": {"ing": 2}}, False),
         ({"says": {"pre": "olmo"}}, False),
-        ({"lacks": "tokenizer.ggml.token_type", "says": {"token_type": 3}}, False),
         ({"says": {"add_space_prefix": True}}, False),
         ({"says": {"remove_extra_whitespaces": True}}, False),
         ({"says": {"normalizer.lowercase": True}}, False),
@@ -252,6 +251,15 @@ def test_only_a_file_that_makes_its_tokens_has_the_name_of_a_packaged_tokenizer(
     path = tmp_path / "own.gguf"
     gguf_files.write(path, packaged, **extra)
     assert vocabulary.name_of(str(path)) == ("sotu4096" if is_same else str(path))
+
+
+@pytest.mark.parametrize("types", [3, True, "list"])
+def test_types_of_tokens_that_are_no_list_are_not_gpt_2s(types, packaged, tmp_path):
+    gguf_files.write(tmp_path / "own.gguf", packaged)
+    fields = gguf_header.tokenizer_fields(tmp_path / "own.gguf")
+    assert gguf_tokenizer.is_gpt2s_kind(fields)
+    others = fields.others | {"token_type": types}
+    assert not gguf_tokenizer.is_gpt2s_kind(fields._replace(others=others))
 
 
 def test_a_token_of_ones_own_is_found_before_a_text_is_cut(packaged, tmp_path):
