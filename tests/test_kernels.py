@@ -22,7 +22,7 @@ from pcagpt.kernels.mosaic import softmax as mosaic_softmax
 from pcagpt.kernels.triton import gelu, launch, low_rank_head, one_token, softmax
 from pcagpt.kernels.triton import norm as triton_norm
 from pcagpt.losses.fused import head_kernels
-from pcagpt.model import block
+from pcagpt.model.attention import Attention
 from pcagpt.sharding.inside import by_device
 from pcagpt.sharding.placement import BATCH_AXES, make_mesh
 
@@ -373,7 +373,7 @@ def test_attention_and_its_gradient(batch, length, heads, scale, monkeypatch):
 def attention_layer(implementation, **sizes):
     sizes = {"n_embd": 128, "n_head": 2, "block_size": 256} | sizes
     precision = {"compute_dtype": "bfloat16", "attention": implementation}
-    return block.Attention(gpt_config(**sizes, **precision))
+    return Attention(gpt_config(**sizes, **precision))
 
 
 @pytest.mark.parametrize("keeps", [False, True])

@@ -14,7 +14,8 @@ from scipy import special
 from pcagpt import trees
 from pcagpt.losses import token_losses
 from pcagpt.model import GPT, training_flops_per_token
-from pcagpt.model.block import _bias_gelu, _causal_attention, _split_product
+from pcagpt.model.attention import _causal_attention, _split_product
+from pcagpt.model.block import _bias_gelu
 
 VOCAB = 21
 DENSE = gpt_config(

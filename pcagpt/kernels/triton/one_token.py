@@ -216,7 +216,8 @@ def attend(
 
     Args:
       qkv: its query, key and value, [B, 3D]. The key's bias has no effect, and that of
-        the value is added after attention; see `model.block`. So the cache has neither.
+        the value is added after attention; see `model.attention`. So the cache has
+        neither.
       keys_BTHC: the cache, in which the tokens before `position` count.
       values_BTHC: the same.
       position: int32 scalar, place of the token in the cache.
