@@ -32,6 +32,7 @@ from pcagpt.run.trained import Run
 NEEDED = "pip install 'pcagpt[hf]'"
 torch = pytest.importorskip("torch", reason=NEEDED)
 transformers = pytest.importorskip("transformers", reason=NEEDED)
+tokenizers = pytest.importorskip("tokenizers", reason=NEEDED)
 # These two packages warn about themselves.
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -523,3 +524,50 @@ def test_transformers_tokenizes_with_an_export_as_the_run_does(name, tmp_path):
         for file in form:
             (rest / file).unlink()
         check(transformers.AutoTokenizer.from_pretrained(rest))
+
+
+def trained_tokenizer(path, kind):
+    """A tokenizer.json as the package `tokenizers` saves it, without other files."""
+    cuts, is_bytes = tokenizers.pre_tokenizers, kind != "metaspace"
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = cuts.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    if is_bytes:
+        made.pre_tokenizer = cuts.ByteLevel(add_prefix_space=kind == "prefix")
+        made.decoder = tokenizers.decoders.ByteLevel()
+    if kind == "lowercase":
+        made.normalizer = tokenizers.normalizers.Lowercase()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>", "<|endoftext|>"],
+        initial_alphabet=cuts.ByteLevel.alphabet() if is_bytes else [],
+        show_progress=False,
+    )
+    made.train_from_iterator(["The people of the United States. Two people."], trainer)
+    made.save(str(path))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "beside"),
+    [
+        ("metaspace", None),
+        ("metaspace", {"chat_template": "{{ messages }}"}),
+        ("prefix", None),
+        ("lowercase", None),
+    ],
+)
+def test_transformers_obeys_a_tokenizer_json_without_a_class(kind, beside, tmp_path):
+    """For GPT-2 it takes the vocabulary only, and cuts texts in GPT-2's way."""
+    path = tmp_path / "tokenizer.json"
+    ours = trained_tokenizer(path, kind)
+    if beside:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
+    size = ours.get_vocab_size()
+    run = write_run(tmp_path / "run", vocab_size=size, record={"tokenizer": str(path)})
+    made = run_export(run, tmp_path / "w")
+    theirs = transformers.AutoTokenizer.from_pretrained(made)
+    text = "The United  people of Two states"
+    assert theirs(text)["input_ids"] == ours.encode(text).ids
+    assert theirs.eos_token_id == ours.token_to_id("<|endoftext|>")
+    assert theirs.chat_template == (beside or {}).get("chat_template")

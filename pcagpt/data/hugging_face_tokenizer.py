@@ -10,12 +10,18 @@ import tiktoken
 
 from pcagpt.data import gguf_header, tokenizer_files, vocabulary
 from pcagpt.data.tokenizer import END_OF_TEXT
-from pcagpt.data.tokenizer_settings import CONFIG, GPT2, class_beside
+from pcagpt.data.tokenizer_settings import (
+    CONFIG,
+    GPT2,
+    class_beside,
+    config_beside,
+)
 from pcagpt.data.vocabulary_files import (
     DAMAGED,
     MERGES,
     VOCAB,
     WHOLE,
+    added_tokens,
     fields_of,
     letters_of,
 )
@@ -28,6 +34,7 @@ FILES = (WHOLE, VOCAB, "tokenizer.model", *_OTHERS)
 # What a person's folder may have beside the main file.
 _BESIDE = (*_OTHERS, "chat_template.jinja", "chat_template.json", "tokenizer.model")
 _OF_PACKAGED = (WHOLE, VOCAB, *_BESIDE[:-1])
+GENERAL = "PreTrainedTokenizerFast"  # a class of transformers that obeys the file
 
 
 def write(
@@ -44,7 +51,7 @@ def write(
         if file.suffix == gguf_header.ENDING:
             write_plain_json(folder / WHOLE, encoding.whole())
             config = {
-                "tokenizer_class": "PreTrainedTokenizerFast",
+                "tokenizer_class": GENERAL,
                 "eos_token": encoding.end_of_text,
                 "model_max_length": length,
             }
@@ -53,6 +60,7 @@ def write(
         beside = (file.with_name(other) for other in _BESIDE)
         for path in (file, *filter(Path.is_file, beside)):
             shutil.copyfile(path, folder / path.name)
+        _name_class(folder, file, encoding.end_of_text, length)
         return
     tokens = list(map(encoding.decode_single_token_bytes, range(encoding.eot_token)))
     pairs = [" ".join(map(letters_of, pair)) for pair in _merges(tokens)]
@@ -97,6 +105,26 @@ def write(
             content = content | {"model": model}
         write = write_text if isinstance(content, str) else write_plain_json
         write(folder / file, content)
+
+
+def _name_class(
+    folder: Path, file: Path, end_of_text: str | None, length: int | None
+) -> None:
+    """Names the class of a person's tokenizer in an export if its own files do not.
+
+    transformers would choose one by the kind of the model. Those of GPT-2 and Qwen, for
+    example, take the vocabulary of a tokenizer.json and cut texts in their own way.
+    """
+    own = read_json(file.with_name(CONFIG), DAMAGED) or {}
+    if own.get("tokenizer_class"):
+        return
+    kind = class_beside(file) or (GPT2 if file.name == VOCAB else GENERAL)
+    more = {"tokenizer_class": kind, "model_max_length": length}
+    if end_of_text in [one["content"] for one in added_tokens(file)]:
+        more["eos_token"] = end_of_text
+    stated = {name for name, of in config_beside(file).items() if of is not None}
+    more = {name: of for name, of in more.items() if name not in stated}
+    write_plain_json(folder / CONFIG, own | more)
 
 
 def own_files(folder: Path) -> dict[str, Any]:
