@@ -107,6 +107,16 @@ def test_each_file_of_a_table_tells_its_tokens_and_its_model(how, tmp_path):
         assert said.endswith(f"{stranger} are not of one model")
 
 
+def test_a_renamed_table_and_one_beside_another_form_keep_their_model(tmp_path):
+    _, folder = exported("full", tmp_path, is_older=True)
+    known = origin_of(folder / "wte.npy")
+    table = (folder / "wte.npy").rename(folder / "table.npy")
+    assert origin_of(table) == known
+    assert known.tokens["vocab_size"] == V
+    table.unlink()  # As in an export that has no arrays.
+    assert origin_of(folder / "model.safetensors") == known._replace(tokens=None)
+
+
 def test_factors_of_two_exports_are_noticed(tmp_path):
     _, first = exported("one rank", tmp_path / "first")
     _, second = exported("one rank", tmp_path / "second", seed=1)

@@ -164,8 +164,8 @@ def open_model(folder: Path) -> Any:
     _copy(model)
     if not is_file:
         _check_files(model, folder)
-    # It would go on with random numbers. Of a GGUF file's header, it does not read all,
-    # such as the context of GPT-2, the width of Qwen 3's heads, and a lack of biases.
+    # It would go on with random numbers. It ignores parts of a GGUF file's header, such
+    # as the context of GPT-2, the width of Qwen 3's heads, and a lack of biases.
     asks, remedy = "its config.json asks for", "restore it, or download the model again"
     if is_file:
         asks, remedy = "the model that transformers makes of it has", _SAFETENSORS

@@ -80,9 +80,9 @@ def _of_export(folder: Path) -> Origin | None:
     check_fields(found, fields, path, "")
     *_, made = found.get("compressed") or [{}]
     tokens, sha256 = found.get("tokens"), found.get("tokenizer_sha256")
-    if not tokens and sha256:  # of an older version
-        order, *_ = [*folder.glob(factor_files.ORDER_FILE), *folder.glob("wte*.npy")]
-        tokens = {"vocab_size": len(read_npy(order)), "tokenizer_sha256": sha256}
+    tables = [*folder.glob(factor_files.ORDER_FILE), *folder.glob("*.npy")]
+    if not tokens and sha256 and tables:  # An older version states no vocab_size.
+        tokens = {"vocab_size": len(read_npy(tables[0])), "tokenizer_sha256": sha256}
     models = {found["fingerprint"], made.get("fingerprint")} - {None}
     return Origin(made, frozenset(models), tokens)
 
