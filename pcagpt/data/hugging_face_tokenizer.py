@@ -119,7 +119,9 @@ def _name_class(
     if own.get("tokenizer_class"):
         return
     kind = class_beside(file) or (GPT2 if file.name == VOCAB else GENERAL)
-    more = {"tokenizer_class": kind, "model_max_length": length}
+    more: dict[str, Any] = {"tokenizer_class": kind}
+    if not own:  # Settings without a length do not cut texts.
+        more["model_max_length"] = length
     if end_of_text in [one["content"] for one in added_tokens(file)]:
         more["eos_token"] = end_of_text
     stated = {name for name, of in config_beside(file).items() if of is not None}
