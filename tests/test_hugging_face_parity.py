@@ -22,6 +22,7 @@ from pcagpt import trees
 from pcagpt.config.schema import ModelSettings
 from pcagpt.data import hugging_face_tokenizer, vocabulary
 from pcagpt.data.tokenizer import RANKS
+from pcagpt.export import tokenizer_check
 from pcagpt.file_hashes import sha256_of_file
 from pcagpt.json_files import read_json
 from pcagpt.losses import cross_entropy
@@ -571,3 +572,50 @@ def test_transformers_obeys_a_tokenizer_json_without_a_class(kind, beside, tmp_p
     assert theirs(text)["input_ids"] == ours.encode(text).ids
     assert theirs.eos_token_id == ours.token_to_id("<|endoftext|>")
     assert theirs.chat_template == (beside or {}).get("chat_template")
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "is_told"),
+    [
+        ("metaspace", "qwen2", True),  # Its class is always Qwen2Tokenizer.
+        ("metaspace", "gpt2", False),
+        ("bytes", "qwen2", True),
+        ("bytes", "llama", False),
+    ],
+)
+def test_a_line_tells_if_transformers_makes_other_tokens(
+    kind, model, is_told, tmp_path, caplog
+):
+    trained_tokenizer(tmp_path / "tokenizer.json", kind)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model}))
+    tokenizer_check.compare(tmp_path)
+    told = [one.getMessage() for one in caplog.records if "pcagpt" in one.name]
+    assert ["Qwen2Tokenizer" in line for line in told] == [True] * is_told
+
+
+def test_a_line_tells_if_transformers_does_not_open_a_tokenizer(tmp_path, caplog):
+    trained_tokenizer(tmp_path / "tokenizer.json", "bytes")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text('{"extra_special_tokens": 5}')
+    tokenizer_check.compare(tmp_path)
+    assert "does not open" in caplog.text
+
+
+@pytest.mark.parametrize("named", [None, "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("kind", ["bytes", "metaspace", "prefix", "lowercase"])
+def test_a_line_tells_if_transformers_chooses_the_class(kind, named, tmp_path, caplog):
+    path = tmp_path / "tokenizer.json"
+    ours = trained_tokenizer(path, kind)
+    config = {"model_type": "gpt2"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if named:
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        (tmp_path / named).write_text(json.dumps(config))
+    vocabulary.load(str(path))
+    text = "The United  people of Two states"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    is_same = theirs(text)["input_ids"] == ours.encode(text).ids
+    told = [one for one in caplog.records if "no file beside it" in one.getMessage()]
+    assert bool(told) == (not is_same) == (kind != "bytes" and not named)

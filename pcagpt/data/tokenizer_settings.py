@@ -181,6 +181,20 @@ def class_beside(file: Path) -> Any:
     return own or of_model
 
 
+def leaves_class_open(file: Path) -> bool:
+    """Whether transformers may cut texts in another way than a tokenizer.json says.
+
+    If no file names a class, it takes one by the kind of the model. That of GPT-2 takes
+    the vocabulary of the file, and cuts texts as GPT-2 does.
+    """
+    kind = _model_beside(file).get("model_type")
+    if file.name != WHOLE or not kind or class_beside(file):
+        return False
+    content = fields_of(file)
+    is_plain = _adds_space(file) is False and not content.get("normalizer")
+    return not (kind == "gpt2" and is_plain)
+
+
 def _is_gpt2(kind: object) -> bool:
     """Whether a class of tokenizers of transformers is that of GPT-2."""
     return str(kind).removesuffix("Fast") == GPT2

@@ -11,6 +11,7 @@ from typing import Any
 
 from pcagpt.config import Settings, override
 from pcagpt.errors import UserError
+from pcagpt.export import tokenizer_check
 from pcagpt.export.formats import FORMATS
 from pcagpt.export.measured import measured
 from pcagpt.export.model_card import is_bare, model_card
@@ -123,6 +124,8 @@ def _export(
         tokens = {"tokens": source.tokens} if form == "npz" else {}
         write_json(written / ORIGIN, origin | tokens | {"files": files})
         check_lock()
+    if has_card:
+        tokenizer_check.compare(folder)
     if form == "npz" and isinstance(source, RunSource):
         how = (
             "; the mean of a run's table, if it has one, is in the position embeddings "
