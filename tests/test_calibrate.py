@@ -141,6 +141,27 @@ def test_a_model_that_takes_parts_of_batches_reads_no_more_text_than_asked(
     assert protocol["tokens"] == 16 * sum(sizes)
 
 
+@pytest.mark.parametrize("part", [0, 3])
+def test_a_short_text_is_read_once(part, original, tmp_path):
+    found, read = original.statistics, []
+
+    def measure(_, parts):
+        read.extend(np.concatenate(list(parts)))
+        return found
+
+    train = original.corpus.tokens("train")
+    calibrate.statistics(
+        *(original.run, original.corpus, measure, tmp_path),
+        compute_dtype="float32",
+        tables=lambda: [original.table_VD],
+        **{"window": 16, "tokens": 9 * len(train), "batch_size": 4, "part": part},
+    )
+    windows = (len(train) - 1) // 16
+    starts = {tuple(window) for window in read[:windows]}
+    assert starts == {tuple(train[16 * at : 16 * at + 16]) for at in range(windows)}
+    assert len(read) == (windows if part else -(-windows // 4) * 4)
+
+
 def test_statistics_are_read_back_and_damaged_ones_refused(tmp_path):
     shapes = [(3,), (3,), (2,), (2, 2), (2, 2), (2, 2)]
     shares = [np.array([0.2, 0.3, 0.5]), np.array([0.5, 0, 0.5])]

@@ -263,9 +263,9 @@ class CompressSettings:
     )
     calibration_tokens: int = knob(
         0,
-        "training tokens for the statistics, rounded up to whole batches, or to whole "
-        f"windows of another architecture; 0: {GPU.calibration_tokens}; compress on a "
-        f"CPU {CPU.calibration_tokens}",
+        "training tokens for the statistics, at most all, rounded up to whole batches, "
+        "or to whole windows of another architecture; "
+        f"0: {GPU.calibration_tokens}; compress on a CPU {CPU.calibration_tokens}",
         at_least(0),
     )
     max_added_loss: float = knob(

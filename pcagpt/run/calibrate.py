@@ -145,7 +145,8 @@ def statistics(
       folder: keeps them.
       window: tokens that the model reads at a time.
       compute_dtype: the model's.
-      tokens: length of the calibration text, rounded up to what `measure` can take.
+      tokens: length of the calibration text, rounded up to what `measure` can take. A
+        shorter training split is read once.
       batch_size: windows of a batch. `SEED` decides the order of the windows.
       tables: makes the model's tables, float32 [V, D]; the file has their hashes.
       part: windows that `measure` gets at a time; the last part of a batch may have
@@ -154,7 +155,8 @@ def statistics(
     train = corpus.tokens("train")
     batches = TrainingBatches(train, window, batch_size, SEED)
     least = 1 if part else batch_size
-    count = -(-tokens // (least * window)) * least  # windows
+    asked = min(-(-tokens // window), batches.windows_per_epoch)
+    count = -(-asked // least) * least  # windows
     protocol = {
         "checkpoint": run.fingerprint,
         "corpus": corpus.tokens_sha256("train"),
