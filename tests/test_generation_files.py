@@ -152,7 +152,7 @@ def test_ids_beyond_the_table_are_named_once(
 def test_an_export_names_the_ids_that_it_leaves_out(talker, tmp_path, said):
     put(talker / FILE, eos_token_id=SIZE, suppress_tokens=[*range(SIZE, SIZE + 9)])
     found = fields_of(run_export(talker, tmp_path) / FILE)
-    (line,) = said()
+    (line,) = [line for line in said() if "left out of exports" in line]
     assert f"none for eos_token_id {SIZE}, suppress_tokens {SIZE}, " in line
     assert f"{SIZE + 6}, ...: these ids end no text" in line
     assert found["eos_token_id"] == fields_of(talker / "config.json")["eos_token_id"]
@@ -267,6 +267,14 @@ def test_exports_keep_ends_padding_and_settings(form, talker, tmp_path):
         stated = fields_of(talker / "tokenizer_config.json")
         stated["tokenizer_class"] = "PreTrainedTokenizerFast"  # It obeys the file.
         assert fields_of(folder / "tokenizer_config.json") == stated
+
+
+def test_a_line_tells_that_an_export_has_no_code_of_its_tokenizer(
+    talker, tmp_path, caplog
+):
+    put(talker / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
+    run_export(talker, tmp_path)
+    assert "an export has no code of its tokenizer" in caplog.text
 
 
 def test_an_export_is_made_again_after_the_settings_changed(talker, tmp_path):

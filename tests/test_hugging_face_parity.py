@@ -20,9 +20,8 @@ from tokenizer_folders import byte_level
 import pcagpt
 from pcagpt import trees
 from pcagpt.config.schema import ModelSettings
-from pcagpt.data import hugging_face_tokenizer, vocabulary
+from pcagpt.data import hugging_face_tokenizer, in_transformers, vocabulary
 from pcagpt.data.tokenizer import RANKS
-from pcagpt.export import tokenizer_check
 from pcagpt.file_hashes import sha256_of_file
 from pcagpt.json_files import read_json
 from pcagpt.losses import cross_entropy
@@ -583,14 +582,14 @@ def test_transformers_obeys_a_tokenizer_json_without_a_class(kind, beside, tmp_p
         ("bytes", "llama", False),
     ],
 )
-def test_a_line_tells_if_transformers_makes_other_tokens(
+def test_a_line_tells_if_the_kind_of_a_model_decides_its_tokens(
     kind, model, is_told, tmp_path, caplog
 ):
     trained_tokenizer(tmp_path / "tokenizer.json", kind)
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model}))
-    tokenizer_check.compare(tmp_path)
+    in_transformers.compare(tmp_path)
     told = [one.getMessage() for one in caplog.records if "pcagpt" in one.name]
     assert ["Qwen2Tokenizer" in line for line in told] == [True] * is_told
 
@@ -599,23 +598,83 @@ def test_a_line_tells_if_transformers_does_not_open_a_tokenizer(tmp_path, caplog
     trained_tokenizer(tmp_path / "tokenizer.json", "bytes")
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "tokenizer_config.json").write_text('{"extra_special_tokens": 5}')
-    tokenizer_check.compare(tmp_path)
+    in_transformers.compare(tmp_path)
     assert "does not open" in caplog.text
 
 
-@pytest.mark.parametrize("named", [None, "tokenizer_config.json", "config.json"])
-@pytest.mark.parametrize("kind", ["bytes", "metaspace", "prefix", "lowercase"])
-def test_a_line_tells_if_transformers_chooses_the_class(kind, named, tmp_path, caplog):
-    path = tmp_path / "tokenizer.json"
-    ours = trained_tokenizer(path, kind)
-    config = {"model_type": "gpt2"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    if named:
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        (tmp_path / named).write_text(json.dumps(config))
-    vocabulary.load(str(path))
-    text = "The United  people of Two states"
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    is_same = theirs(text)["input_ids"] == ours.encode(text).ids
-    told = [one for one in caplog.records if "no file beside it" in one.getMessage()]
-    assert bool(told) == (not is_same) == (kind != "bytes" and not named)
+NO_SPACES = {"lstrip": False, "rstrip": False, "single_word": False}
+MARK = {"content": "<|endoftext|>", "special": True, "normalized": False}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "is_told"),
+    [
+        ("bytes", None, False),
+        ("metaspace", None, True),  # GPT-2's class is taken.
+        ("prefix", None, True),
+        ("lowercase", None, True),
+        ("bytes", {"additional_special_tokens": ["<|user|>"]}, True),
+        ("bytes", {"pad_token": "people"}, True),
+        ("bytes", {"split_special_tokens": True}, True),
+        ("bytes", {"added_tokens_decoder": {"1": MARK | NO_SPACES}}, False),
+        (
+            "bytes",
+            {"added_tokens_decoder": {"1": MARK | NO_SPACES | {"rstrip": True}}},
+            True,
+        ),
+        ("lowercase", {"tokenizer_class": "GPT2Tokenizer"}, True),
+    ],
+)
+def test_a_line_tells_if_transformers_makes_other_tokens(
+    kind, config, is_told, tmp_path, caplog
+):
+    trained_tokenizer(tmp_path / WHOLE, kind)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    if config:
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"} | config
+        (tmp_path / CONFIG).write_text(json.dumps(config))
+    in_transformers.compare(tmp_path)
+    told = [one for one in caplog.records if "other tokens of" in one.getMessage()]
+    assert bool(told) == is_told
+
+
+def test_a_line_tells_if_a_class_lowers_a_text(tmp_path, caplog):
+    """As BertTokenizer does, if tokenizer_config.json does not forbid it."""
+    marks = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
+    words = {text: at for at, text in enumerate([*marks, "The", "the", "people"])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(words, unk_token="[UNK]"))
+    made.add_special_tokens(marks)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=False)
+    made.save(str(tmp_path / WHOLE))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    named = {"tokenizer_class": "BertTokenizer", "unk_token": "[UNK]"}
+    for is_told in (False, True):
+        config = named | {"do_lower_case": is_told, "strip_accents": None}
+        (tmp_path / CONFIG).write_text(json.dumps(config))
+        in_transformers.compare(tmp_path)
+        assert ("other tokens of" in caplog.text) == is_told
+
+
+def test_a_command_tells_it_when_it_opens_the_model(tmp_path, caplog):
+    random_model(**SHAPES["one_block"] | {"vocab_size": 300}).save_pretrained(tmp_path)
+    trained_tokenizer(tmp_path / WHOLE, "prefix")
+    Run.open(tmp_path)
+    assert "other tokens of" in caplog.text
+
+
+def test_transformers_draws_no_id_without_a_text_with_an_export(tmp_path):
+    run = write_run(tmp_path / "run", vocab_size=4200, record={"tokenizer": "sotu4096"})
+    made = run_export(run, tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(made)
+    transformers.set_seed(0)
+    drawn = model.generate(
+        torch.zeros(50, 1, dtype=torch.int64),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=6,
+        eos_token_id=None,
+    )
+    assert drawn.max() < 4096
+    assert read_json(made / FILE, "")["suppress_tokens"] == [*range(4096, 4200)]
+    assert model(drawn).logits.shape[-1] == 4200

@@ -119,6 +119,34 @@ def test_commands_write_nothing_beside_the_checkpoint(
     assert snapshot(folder) == before
 
 
+@pytest.mark.parametrize("config", ["pca_k128.py", "pca_finetune_k128.py"])
+def test_an_arm_takes_a_checkpoint_by_its_file(
+    config, torch, tmp_path, place, corpus_folder
+):
+    folder = write(torch, tmp_path / "out")
+    small = {"model": SMALL | {"n_embd_wte": 4, "block_size": 16}}
+    for path in (folder / "ckpt.pt", folder):  # The same run: it is done then.
+        asked = tiny(config, corpus_folder, **small, model_path=path)
+        outcome = call(*asked)
+        assert outcome.code == 0, outcome
+    assert "steps  done" in outcome.out
+
+
+def test_factors_of_an_earlier_checkpoint_are_named(
+    torch, tmp_path, place, corpus_folder
+):
+    """nanoGPT replaces its file at each evaluation."""
+    asked = {"model_path": tmp_path / "out" / "ckpt.pt", "model": SMALL, "ranks": 4}
+    folder = write(torch, tmp_path / "out")
+    words = tiny("factorize.py", corpus_folder, **asked)
+    assert call(*words).code == 0
+    later = {name: one + 1 for name, one in state(torch).items()}
+    shutil.rmtree(folder)
+    write(torch, folder, later)
+    line = refusal(*words, unchanged=[folder, place])
+    assert "holds another factorization" in line
+
+
 def test_a_compressed_model_keeps_the_characters_of_the_corpus(
     torch, tmp_path, place, corpus_folder
 ):
@@ -246,6 +274,10 @@ SPOILT = {
     ),
     "too_deep": (lambda _: {"model_args": arguments(n_layer=10**9)}, "1 to 10000"),
     "lightning": (lambda _: {"model_args": None}, "'model_args' is None"),
+    "fork": (
+        lambda _: {"model_args": arguments(activation="relu", causal=False)},
+        "model_args has activation = relu, which nanoGPT does not have",
+    ),
     "code": (
         lambda _: {"config": np.random.default_rng},
         "more than tensors and plain values (numpy.random",

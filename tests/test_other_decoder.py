@@ -135,6 +135,19 @@ def test_a_model_that_predicts_no_tokens_is_refused(llama, corpus_folder, tmp_pa
     assert "holds a LlamaForSequenceClassification, which predicts no tokens" in line
 
 
+@pytest.mark.parametrize("place", [None, "text_config"])
+@pytest.mark.parametrize("name", ["is_encoder_decoder", "add_cross_attention"])
+def test_a_decoder_that_reads_an_encoder_is_refused(
+    name, place, llama, corpus_folder, tmp_path
+):
+    config = LLAMA | {name: True}
+    config = LLAMA | {place: config} if place else config
+    (llama / "config.json").write_text(json.dumps(config))
+    knobs = {"data.source": corpus_folder, "ranks": 4}
+    line = ask("compress.py", llama, tmp_path / "runs", **knobs)
+    assert f"{name} in config.json says that each token also reads" in line
+
+
 def test_sizes_of_its_own_are_not_set_by_knobs(llama, corpus_folder, tmp_path):
     knobs = {"data.source": corpus_folder, "ranks": 4, "model.n_layer": 2}
     line = ask("compress.py", llama, tmp_path / "runs", **knobs)

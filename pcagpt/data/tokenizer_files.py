@@ -15,12 +15,10 @@ from pcagpt.data import gguf_header, gguf_tokenizer
 from pcagpt.data.file_tokenizer import FileTokenizer, naming
 from pcagpt.data.tokenizer import END_OF_TEXT, Numbering, encoding_from_ranks
 from pcagpt.data.tokenizer_settings import (
-    CONFIG,
     SAVE_WHOLE,
     check_kind,
     disagreement,
     end_beside,
-    leaves_class_open,
 )
 from pcagpt.data.vocabulary_files import (
     DAMAGED,
@@ -34,7 +32,7 @@ from pcagpt.data.vocabulary_files import (
     ids_by_text,
     ranks_in,
 )
-from pcagpt.errors import UserError, warn_once
+from pcagpt.errors import UserError
 from pcagpt.file_hashes import sha256_of_file
 from pcagpt.files import odd_kind
 
@@ -124,12 +122,6 @@ def load(file: Path) -> tiktoken.Encoding | FileTokenizer:
     check_merges(file)
     if problem := disagreement(file):
         raise UserError(f"{file} {problem}: {SAVE_WHOLE}")
-    if leaves_class_open(file):
-        warn_once(
-            f"{file} cuts texts as it says itself, but no file beside it names a class "
-            f"for transformers, which may choose another way: write "
-            f'{{"tokenizer_class": "PreTrainedTokenizerFast"}} into {CONFIG} there'
-        )
     texts = (END_OF_TEXT, end_beside(file))
     ends = (id_of_text[text] for text in texts if text in id_of_text)
     return FileTokenizer(file, made, id_of_text.values(), next(ends, None))

@@ -81,6 +81,9 @@ def disagreement(file: Path) -> str | None:
     if file.name not in (WHOLE, VOCAB):
         return None
     config, id_of_text = config_beside(file), ids_by_text(file)
+    others = config.get("fast_tokenizer_files")
+    if isinstance(others, list) and others != [WHOLE] and file.name == WHOLE:
+        return f"stands beside a file that names another one: {others[-1]}"
     if file.name == VOCAB and (problem := _other_special(config, id_of_text)):
         return problem
     if isinstance(decoder := config.get("added_tokens_decoder"), dict):
@@ -179,20 +182,6 @@ def class_beside(file: Path) -> Any:
         one.get("tokenizer_class") for one in (config_beside(file), _model_beside(file))
     )
     return own or of_model
-
-
-def leaves_class_open(file: Path) -> bool:
-    """Whether transformers may cut texts in another way than a tokenizer.json says.
-
-    If no file names a class, it takes one by the kind of the model. That of GPT-2 takes
-    the vocabulary of the file, and cuts texts as GPT-2 does.
-    """
-    kind = _model_beside(file).get("model_type")
-    if file.name != WHOLE or not kind or class_beside(file):
-        return False
-    content = fields_of(file)
-    is_plain = _adds_space(file) is False and not content.get("normalizer")
-    return not (kind == "gpt2" and is_plain)
 
 
 def _is_gpt2(kind: object) -> bool:

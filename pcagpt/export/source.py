@@ -17,6 +17,8 @@ from pcagpt.compression.read_table import read_table
 from pcagpt.config import Settings
 from pcagpt.data import hugging_face_tokenizer, vocabulary
 from pcagpt.data.tokenizer import RANKS
+from pcagpt.data.tokenizer_settings import CONFIG
+from pcagpt.data.vocabulary_files import DAMAGED
 from pcagpt.errors import UserError, warn_once
 from pcagpt.factorization import BandFactors, FactorizedTable
 from pcagpt.file_hashes import sha256_of_file
@@ -207,8 +209,12 @@ class RunSource:
 
     @functools.cached_property
     def _generation(self) -> dict[str, dict[str, Any]]:
-        end = vocabulary.load(self._tokenizer).eot_token if self._tokenizer else None
-        return generation_files.written(self.record, end)
+        if not self._tokenizer:
+            return generation_files.written(self.record, None)
+        tokenizer = vocabulary.load(self._tokenizer)
+        known = np.flatnonzero(vocabulary.ids_with_text(tokenizer))
+        textless = np.setdiff1d(np.arange(self._config.vocab_size), known).tolist()
+        return generation_files.written(self.record, tokenizer.eot_token, textless)
 
     def write_beside(self, folder: Path) -> None:
         """As `Source.write_beside`."""
@@ -221,6 +227,12 @@ class RunSource:
             own = kept.get(generation_files.TOKENIZER) or {}
             length, own = self._config.block_size, own.get(self._tokenizer)
             hugging_face_tokenizer.write(folder, self._tokenizer, length, own)
+            named = read_json(folder / CONFIG, DAMAGED) or {}
+            if named.get("auto_map"):
+                warn_once(
+                    f"{self.folder}: an export has no code of its tokenizer, which "
+                    f"auto_map in {CONFIG} names: copy it, or remove the field"
+                )
 
 
 class DecoderSource:

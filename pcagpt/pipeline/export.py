@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pcagpt.config import Settings, override
+from pcagpt.data import in_transformers
 from pcagpt.errors import UserError
-from pcagpt.export import tokenizer_check
 from pcagpt.export.formats import FORMATS
 from pcagpt.export.measured import measured
 from pcagpt.export.model_card import is_bare, model_card
@@ -125,7 +125,7 @@ def _export(
         write_json(written / ORIGIN, origin | tokens | {"files": files})
         check_lock()
     if has_card:
-        tokenizer_check.compare(folder)
+        in_transformers.compare(folder)
     if form == "npz" and isinstance(source, RunSource):
         how = (
             "; the mean of a run's table, if it has one, is in the position embeddings "

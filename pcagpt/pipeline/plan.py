@@ -26,6 +26,7 @@ from pcagpt.model import DEVICE_KNOBS, TABLE_KNOBS
 from pcagpt.pipeline.factorize_job import FactorizeJob
 from pcagpt.pipeline.job import Job
 from pcagpt.pipeline.train_job import TrainJob
+from pcagpt.run import foreign
 from pcagpt.run.trained import Run
 
 
@@ -55,6 +56,9 @@ def make_plan(settings: Settings) -> Plan:
       UserError: that run does not exist or contradicts the `model` knobs, or nothing
         says that the teacher knows its tokens.
     """
+    if settings.model_path:  # It may name the file of a model, such as a ckpt.pt.
+        place = foreign.place_of(Path(settings.model_path))
+        settings = settings.replace({"model_path": str(place)})
     if settings.task == "factorize":
         return Plan(settings, (_factorize_job(settings, Path(settings.model_path)),))
     if settings.task == "train":

@@ -14,7 +14,12 @@ import numpy as np
 
 from pcagpt import trees
 from pcagpt.config import KNOBS
-from pcagpt.data import hugging_face_tokenizer, tokenizer_settings, vocabulary
+from pcagpt.data import (
+    hugging_face_tokenizer,
+    in_transformers,
+    tokenizer_settings,
+    vocabulary,
+)
 from pcagpt.data.meta import META_FILES, read_meta
 from pcagpt.data.tokenizer import RANKS
 from pcagpt.errors import UserError, warn_once
@@ -146,6 +151,8 @@ def _record(folder: Path) -> dict[str, Any]:
     if name:
         _check_rows(folder, "tokenizer", vocabulary.describe(name).rows_needed, rows)
         sha256 = vocabulary.describe(name).sha256
+        if (folder / hugging_face.CONFIG).is_file():
+            in_transformers.compare(folder)
         # Exports write the files of such a tokenizer anew.
         if name in RANKS and (own := hugging_face_tokenizer.own_files(folder)):
             kept = record.setdefault(generation_files.FIELD, {})

@@ -5,7 +5,7 @@ tokenizer of the package beside them. A run that is made from another one keeps 
 the other. Runs of our own, and older records, have none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,17 +153,20 @@ def ends(record: Mapping[str, Any], separator: int | None) -> list[int]:
 
 
 def written(
-    record: Mapping[str, Any], separator: int | None
+    record: Mapping[str, Any], separator: int | None, textless: Sequence[int] = ()
 ) -> dict[str, dict[str, Any]]:
     """{file: fields} of an export, so that it ends and draws texts as its model does.
 
-    Of config.json, only the ids and what pipelines read.
+    Of config.json, only the ids and what pipelines read. `textless`: ids that stand for
+    no text. pcagpt never draws them; transformers does, unless settings forbid it.
     """
     own, several = record.get(FIELD) or {}, ends(record, separator)
     eos = several if len(several) > 1 else next(iter(several), None)
     found = {}
     for name, without in ((CONFIG, {}), (FILE, _FROM_CONFIG)):
         found[name] = {"bos_token_id": separator, _EOS: eos} | own.get(name, without)
+        if name == FILE and FILE not in own and textless:
+            found[name]["suppress_tokens"] = list(textless)
         if "data" in record:  # Training here taught the model another end.
             found[name][_EOS] = eos
     return found

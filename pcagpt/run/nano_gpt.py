@@ -81,6 +81,15 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     stored = {name: _as_dict(stored.get(name)) for name in fields}
     check_fields(stored, fields, path, _REMEDY)
     arguments = {"bias": True} | stored["model_args"]  # The oldest have no switch.
+    known = {*_ARGUMENTS, "bias", "dropout"}
+    # Programs made from nanoGPT have switches of their own.
+    for name, value in arguments.items():
+        if name not in known and value is not None and value is not False:
+            raise UserError(
+                f"{path}: model_args has {name!s:.60} = {value!s:.60}, which nanoGPT "
+                "does not have and pcagpt would ignore: if it does not change what the "
+                "model computes, save the checkpoint without it"
+            )
     kinds = dict.fromkeys(_ARGUMENTS, (int,)) | {"bias": (bool,)}
     check_fields(arguments, kinds, f"{path}: model_args", _REMEDY)
     for name in _ARGUMENTS:

@@ -23,6 +23,7 @@ _REMEDY = (
 # Ends of architectures with a head that predicts no tokens. transformers would open the
 # body of a tied model, and drop that head.
 _NO_TOKENS = ("Classification", "QuestionAnswering", "MultipleChoice", "RewardModel")
+_READS_MORE = ("is_encoder_decoder", "add_cross_attention")
 # Names of the table's width in configs. If a config has two, the first counts.
 _WIDTHS = ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model", "n_embed")
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -56,6 +57,13 @@ def record_of(folder: Path) -> dict[str, Any]:
             f"{folder} holds a {architecture}, which predicts no tokens: give a "
             "language model, or correct `architectures` in its config.json"
         )
+    for name in _READS_MORE:
+        if config.get(name) or text.get(name):
+            raise UserError(
+                f"{folder}: {name} in config.json says that each token also reads what "
+                "an encoder makes, of speech for example, and pcagpt would leave it "
+                "out: give a language model without an encoder"
+            )
     width = next((name for name in _WIDTHS if name in text), "hidden_size")
     sizes = {name: text.get(name) for name in ("vocab_size", width)}
     for name, value in sizes.items():
