@@ -706,6 +706,16 @@ REFUSED = {
     "max_tokens is 2.5: it must be a whole": lambda m: m.generate(
         "The", max_tokens=2.5
     ),
+    "temperature is inf: it must be finite": lambda m: m.generate(
+        "The", temperature=10**400
+    ),
+    "the text has half of a surrogate pair": lambda m: m.loss("The people\ud83d of"),
+    "has half of a surrogate pair: decode it anew": lambda m: pcagpt.compress(
+        m, **BOUND, data=SMALL | {"val": "The people\ud83d of"}
+    ),
+    "the text has half of a surrogate pair: decode it": lambda m: pcagpt.compress(
+        m, **BOUND, data=SMALL | {"train": 99 * "The people\udcff of"}
+    ),
     "seed is -1: it must be": lambda m: m.generate("The", seed=-1),
     r"stop is \[''\]": lambda m: m.generate("The", stop=[""]),
     "stop is 5: it must hold texts": lambda m: m.generate("The", stop=5),
@@ -784,6 +794,9 @@ REFUSED = {
     "no path": lambda m: pcagpt.compress(m.table, **BOUND).save("a\0b"),
     r"bands is '1,7': it must be whole numbers, as in bands=\[1, 7\]": lambda m: (
         pcagpt.compress(m, **BOUND, bands="1,7")
+    ),
+    "bands holds 1000000000: it must be from 1 to 1000": lambda m: pcagpt.compress(
+        m.table, max_bytes=40_000, bands=[10**9]
     ),
     r"bands is 7: .* as in bands=\[1, 7\]$": lambda m: pcagpt.compress(
         m, **BOUND, bands=7

@@ -14,14 +14,19 @@ from runs import changed, snapshot, write_statistics
 import pcagpt
 from pcagpt.compression import sweep, table_sweep
 from pcagpt.compression.bare_table import BareTable
+from pcagpt.compression.candidates import Compressor
 from pcagpt.compression.codes import KINDS
+from pcagpt.compression.sides import seen_by
 from pcagpt.config import Settings
+from pcagpt.factorization import Factorizer, factor_files
 from pcagpt.factorization.factor_files import read_bands
+from pcagpt.factorization.table import sha256_of_arrays
 from pcagpt.methods import FREE, METHODS
 from pcagpt.pipeline.compress import compress
 from pcagpt.report.bare_table import best_rows
-from pcagpt.rows import ErrorRow, read_sweep
+from pcagpt.rows import ErrorRow, Recipe, read_sweep
 from pcagpt.run import calibrate
+from pcagpt.run.calibrate import SIDES
 from pcagpt.run.trained import Run
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -355,6 +360,29 @@ def test_with_statistics_the_tables_are_those_of_a_sweep_of_the_model(
     for ask in (asked(tmp_path / "table.npy", *words), (*factorize, named)):
         line = refusal(*ask, "--config.overwrite=True", unchanged=[tmp_path])
         assert "table.statistics.npz has statistics of another table (" in line
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_table_of_an_untied_model_is_weighted_by_its_own_side(side, tmp_path):
+    tables = np.random.default_rng(0).normal(size=(2, 40, 8)).astype(np.float32)
+    own, path = tables[SIDES.index(side)], tmp_path / "table.npy"
+    np.save(path, own)
+    sums = [*map(sha256_of_arrays, tables)]
+    write_statistics(tmp_path / "table.statistics.npz", 40, 8, tables_sha256=sums)
+    of_model = calibrate.read(tmp_path / "table.statistics.npz")
+    bare = BareTable.read(path)
+    recipe = Recipe("fisher", 1, 4 * 48, 4)
+    wanted = Compressor(own, of_model, side=side)(recipe)
+    found = bare.compressor(recipe)
+    np.testing.assert_array_equal(found.dense, wanted.dense)
+    assert bare.row(found).estimated_loss == sum(wanted.second_order) > 0
+    assert bare.is_checked
+    ask = f"--config={CONFIGS / 'factorize.py'}", "--config.factorize.method=fisher"
+    ask += f"--config.model_path={path}", f"--config.workdir={tmp_path}"
+    assert call(*ask, "--config.ranks=4").code == 0
+    made = factor_files.read(tmp_path / "pca_factorized", 4, False).dense()
+    weighted, _ = Factorizer(own, "fisher", seen_by(side, of_model)).of_rank(4, 1)
+    np.testing.assert_allclose(made, weighted.dense(), atol=1e-5)
 
 
 def test_statistics_allow_all_methods_and_choose_by_the_estimate(table):

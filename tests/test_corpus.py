@@ -11,6 +11,7 @@ import pickle
 import random
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -1242,6 +1243,7 @@ TRUE_IDS = np.array(
         (b"It was a bright day", "it is text"),
         ("It was a bright day".encode("utf-16"), "in UTF-16: convert it with iconv -f"),
         ((20240520).to_bytes(4, "little") + bytes(1020), "it is llm.c's"),
+        (b"LITPKDS" + struct.pack("<QBQ", 1, 8, 512) + bytes(1024), "it is lit-gpt's"),
     ],
 )
 @pytest.mark.parametrize("vocab_size", [None, 50257, 65536])
@@ -1252,6 +1254,17 @@ def test_what_is_no_token_file_is_refused_by_its_name(
     if vocab_size:
         (folder / "meta.json").write_text(json.dumps({"vocab_size": vocab_size}))
     refused(folder, cache, match)
+
+
+@pytest.mark.parametrize("stated", [{"dtype": "uint16"}, {"tokens": {"train": 300}}])
+def test_a_line_tells_that_uint16_holds_no_high_id(stated, folder, cache, said):
+    """nanoGPT's scripts write uint16, whatever the tokenizer: high ids are others."""
+    ids = np.arange(300, dtype=np.uint32) * 400
+    ids.astype(np.uint16).tofile(folder / "train.bin")
+    meta = {"vocab_size": 128_256} | stated
+    (folder / "meta.json").write_text(json.dumps(meta))
+    open_corpus(str(folder), cache).tokens("train")
+    assert [line for line in said() if "holds no id above 65,535" in line]
 
 
 def test_ids_of_other_tokenizers_do_not_pass_as_gpt2s(folder, cache):

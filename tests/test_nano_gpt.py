@@ -83,7 +83,7 @@ def test_the_weights_are_those_of_the_same_model_in_a_hugging_face_folder(
     assert_equal(weights(folder), theirs)
     assert_equal(weights(folder / "ckpt.pt"), theirs)
     compiled = state(torch, prefix="_orig_mod.")
-    compiled["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
+    compiled["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
     assert_equal(weights(write(torch, tmp_path / "compiled", compiled)), theirs)
     for prefix in ("module.", "_orig_mod.module.", "module._orig_mod."):
         saved = write(torch, tmp_path / prefix, state(torch, prefix=prefix))
@@ -274,6 +274,20 @@ SPOILT = {
     ),
     "too_deep": (lambda _: {"model_args": arguments(n_layer=10**9)}, "1 to 10000"),
     "lightning": (lambda _: {"model_args": None}, "'model_args' is None"),
+    "window": (
+        lambda torch: {
+            "model": state(torch)
+            | {"transformer.h.1.attn.bias": torch.ones(1, 1, 16, 16).tril().triu(-4)}
+        },
+        "by the mask transformer.h.1.attn.bias, tokens see others than all earlier",
+    ),
+    "all_seen": (
+        lambda torch: {
+            "model": state(torch)
+            | {"transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16, dtype=torch.bool)}
+        },
+        "by the mask transformer.h.0.attn.bias, tokens see others",
+    ),
     "fork": (
         lambda _: {"model_args": arguments(activation="relu", causal=False)},
         "model_args has activation = relu, which nanoGPT does not have",

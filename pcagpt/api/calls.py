@@ -1,8 +1,10 @@
 """How a call from Python becomes settings, and its errors name arguments."""
 
 import contextlib
+import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from pcagpt import process
 from pcagpt.config import KNOBS, Settings, validate
 from pcagpt.config.checks import wrong_type
 from pcagpt.config.command_line import check_place
-from pcagpt.data.tokenizer import RANKS
+from pcagpt.data.tokenizer import END_OF_TEXT, RANKS
 from pcagpt.errors import UserError, as_os_error
 
 BOUNDS = ("max_bytes", "max_added_loss")
@@ -90,6 +92,16 @@ def _example(found: re.Match[str]) -> str:
     return f"{name}={value!r}" if is_text else found[0]
 
 
+def encoded(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of a text of a program.
+
+    UserError for half of a surrogate pair: tiktoken would read U+FFFD in its place.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError("the text has half of a surrogate pair: decode it anew")
+    return tokenizer.encode(text, allowed_special={END_OF_TEXT})
+
+
 def settings_of(task: str, given: Mapping[str, Any]) -> Settings:
     """Settings of a task with the defaults and these knobs; UserError as on a command.
 
@@ -101,7 +113,7 @@ def settings_of(task: str, given: Mapping[str, Any]) -> Settings:
         if kind is tuple and not isinstance(value, str) and np.iterable(value):
             value = tuple(map(plain, value))
         elif kind is float and type(value) is int:
-            value = float(value)
+            value = float(value) if abs(value) <= sys.float_info.max else math.inf
         if type(value) is not kind:
             raise wrong_type(path, value)
         values[path] = value

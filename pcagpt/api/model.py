@@ -15,11 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pcagpt.api.calls import absolute, call, ids_of, list_of, named, settings_of
+from pcagpt.api.calls import (
+    absolute,
+    call,
+    encoded,
+    ids_of,
+    list_of,
+    named,
+    settings_of,
+)
 from pcagpt.config import Settings
 from pcagpt.data.batches import EvaluationBatches
 from pcagpt.data.text_stream import texts_of, until
-from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.data.vocabulary import ids_with_text
 from pcagpt.errors import UserError
 from pcagpt.model import GPT
@@ -189,10 +196,7 @@ class Model:
         with call():
             if not isinstance(text, str):
                 raise UserError(f"the text is {text!r}: it must be a str")
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise UserError("the text has half of a surrogate pair: decode it anew")
-            ids = self._tokenizer.encode(text, allowed_special={END_OF_TEXT})
-            return np.array(ids, np.int32)
+            return np.array(encoded(self._tokenizer, text), np.int32)
 
     def decode(self, tokens: ArrayLike) -> str:
         """The text of token ids [T]; UserError as for `encode`, or for unknown ids."""

@@ -15,7 +15,15 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pcagpt.api.calls import absolute, call, ids_of, list_of, named, settings_of
+from pcagpt.api.calls import (
+    absolute,
+    call,
+    encoded,
+    ids_of,
+    list_of,
+    named,
+    settings_of,
+)
 from pcagpt.api.factors import table_of
 from pcagpt.api.model import Model
 from pcagpt.compression.advise import find
@@ -31,7 +39,6 @@ from pcagpt.compression.write_model import write_new
 from pcagpt.config import Settings, methods_of
 from pcagpt.data import sources
 from pcagpt.data.meta import DTYPES, SPLITS, narrowest
-from pcagpt.data.tokenizer import END_OF_TEXT
 from pcagpt.errors import UserError, naming
 from pcagpt.json_files import write_json
 from pcagpt.pipeline.compress_plan import decide_effort
@@ -271,8 +278,7 @@ def _source(run: Run, data: Any, folder: Path, tokenizer: str) -> dict[str, Any]
     place.mkdir()
     for split, text in data.items():
         if isinstance(text, str):
-            encode = tokenizer_of(run, settings).encode
-            text = np.array(encode(text, allowed_special={END_OF_TEXT}), np.int64)
+            text = np.array(encoded(tokenizer_of(run, settings), text), np.int64)
         tokens = ids_of(text, size)
         if len(tokens) < 2:
             raise UserError(

@@ -26,7 +26,8 @@ class BareTable:
 
     table_VD: [V, D] float32; statistics: of its model, None if they are not known:
     every error of every row then counts alike; label: of its progress; is_checked:
-    whether the statistics are known to be of this table; origin: `Origin.stored`.
+    whether the statistics are known to be of this table; origin: `Origin.stored`; side:
+    of an untied model's table, as for `sides.seen_by`.
     """
 
     def __init__(
@@ -37,10 +38,11 @@ class BareTable:
         label: str = "a table",
         is_checked: bool = False,
         origin: dict[str, Any] | None = None,
+        side: str = "",
     ):
         self.table_VD, self.statistics, self.label = table_VD, statistics, label
         self._split, self.is_checked = singular_value_split, is_checked
-        self.origin = origin or {}
+        self.origin, self._side = origin or {}, side
 
     @classmethod
     def read(cls, path: Path, singular_value_split: float = 0.0) -> Self:
@@ -51,12 +53,16 @@ class BareTable:
         table_VD = factor_files.read_table(path)
         factor_files.check_rows_differ(table_VD, path)
         factor_files.ask_if_transposed(table_VD, path)
-        known, beside = (None, False), calibrate.beside(path)
+        beside, known = calibrate.beside(path), {}
         if beside.exists():
-            known = calibrate.read_for(beside, table_VD, path)
-        statistics, is_checked = known
-        origin, name = origin_of(path).stored, path.name
-        return cls(table_VD, statistics, singular_value_split, name, is_checked, origin)
+            known = calibrate.read_for(beside, table_VD, path)._asdict()
+        return cls(
+            table_VD,
+            singular_value_split=singular_value_split,
+            label=path.name,
+            origin=origin_of(path).stored,
+            **known,
+        )
 
     @functools.cached_property
     def compressor(self) -> Compressor:
@@ -71,7 +77,8 @@ class BareTable:
             gradient_moment=same_DD,
             context_moment=np.zeros_like(same_DD),
         )
-        return Compressor(self.table_VD, self.statistics or alike, self._split)
+        known = self.statistics or alike
+        return Compressor(self.table_VD, known, self._split, self._side)
 
     def row(self, candidate: Candidate) -> ErrorRow:
         """The row of a candidate in errors.json or advice.json."""
@@ -103,7 +110,7 @@ class BareTable:
             "statistics_sha256": known and sha256_of_arrays(*known),
             "singular_value_split": self._split,
             "codes": CODES_VERSION,
-        }
+        } | ({"side": self._side} if self._side else {})
 
     def renewed(self, protocol: dict[str, Any]) -> dict[str, Any]:
         """A stored protocol in today's terms, as `Original.renewed`."""

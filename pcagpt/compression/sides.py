@@ -6,8 +6,9 @@ Most models have one table for input and head. Its side is "", and all statistic
 import numpy as np
 
 from pcagpt.factorization import SecondOrder, Statistics
+from pcagpt.run.calibrate import SIDES
 
-INPUT, OUTPUT = "input", "output"
+INPUT, OUTPUT = SIDES
 
 
 def seen_by(side: str, statistics: Statistics) -> Statistics:

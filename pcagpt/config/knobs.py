@@ -29,6 +29,7 @@ LARGEST_WHOLE = 2**63 - 1  # Of int64; Python counts no iterations beyond it.
 LARGEST_NUMBER = 3e38  # Below that of float32, in which models compute.
 ANYTHING = Rule("anything", lambda value: True)
 COUNT = at_least(1)
+BANDS = Rule("from 1 to 1000", lambda value: 1 <= value <= 1000)
 POSITIVE = Rule("positive", lambda value: 0 < value < math.inf)
 BELOW_1 = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
 SHARE = Rule("from 0 to 1", lambda value: 0 <= value <= 1)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_dict
 from pcagpt.arms import ARMS
 from pcagpt.config.effort import CPU, CPU_LARGE, GPU, LARGE_TABLE
 from pcagpt.config.knobs import (
+    BANDS,
     BELOW_1,
     PART,
     PATH,
@@ -230,6 +231,7 @@ class FactorizeSettings:
         1,
         "frequency bands of the table, each with its own rank; in every arm but D and "
         "D+",
+        BANDS,
     )
 
 
@@ -254,6 +256,7 @@ class CompressSettings:
         "numbers of frequency bands to try; 1: one rank for all tokens; empty: "
         f"{_joined(GPU.bands)}; on a CPU {_joined(CPU.bands)}, or "
         f"{_joined(CPU_LARGE.bands)} {_LARGE} {_SEE}",
+        BANDS,
     )
     bits: tuple[int, ...] = knob(
         (8, 4),

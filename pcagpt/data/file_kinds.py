@@ -33,6 +33,7 @@ _FOREIGN = {
         "a web page, perhaps an error message: download the file again, or, if it is "
         "the text, write <|endoftext|> before it"
     ),
+    rb"LITPKDS": "lit-gpt's: read its chunks with PackedDataset, and write plain ids",
     # 20240520 for GPT-2's tokens, 20240801 for those of Llama.
     rb"\x88\xd8\x34\x01|\xa1\xd9\x34\x01": "llm.c's: drop its header of 1,024 bytes",
 }

@@ -127,6 +127,13 @@ def _dtype(path: Path, content: Content, info: CorpusInfo, cache_dir: Path) -> s
     """
     fitting, is_long = _fitting(content, info), content.size >= _ENOUGH_BYTES
     counted = _counted(path, content, info)
+    least = narrowest(info.vocab_size)
+    if least == "uint32" and "uint16" in (info.dtype, None if info.dtype else counted):
+        warn_once(
+            f"{path} is read as uint16, which holds no id above 65,535, but its "
+            f"vocabulary has {info.vocab_size:,} tokens: if higher ids were written, "
+            "they are others now; write the tokens again as uint32"
+        )
     if info.dtype and counted == info.dtype:
         return info.dtype
     if is_long and content.highest["uint16"] and "int64" in fitting:

@@ -12,6 +12,7 @@ import numpy as np
 
 from pcagpt import factorization
 from pcagpt.compression.original import check_is_original
+from pcagpt.compression.sides import seen_by
 from pcagpt.config import Settings, effort
 from pcagpt.config.command_line import next_command
 from pcagpt.data.corpus import describe_corpus, open_corpus
@@ -396,7 +397,8 @@ class FactorizeJob(Job):
             return None
         try:
             if self._is_bare_table:
-                return calibrate.read_for(path, table_VD, self.source)[0]
+                known = calibrate.read_for(path, table_VD, self.source)
+                return seen_by(known.side, known.statistics)
             statistics = calibrate.read(path, Run.open(self.source))
         except UserError as error:
             raise UserError(

@@ -10,7 +10,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ _SHAPES = {
 SEED = 0  # of the order of the calibration text
 SHARES_AGREE = 0.01  # largest distance of the sum of all shares from 1
 _TABLES = "tables_sha256"  # in the protocol of a file
+SIDES = ("input", "output")  # of the two tables of an untied model, in their order
 LARGEST = 1e18  # Hidden states and gradients of a model that works are far below.
 
 
@@ -235,10 +236,20 @@ def beside(table: Path) -> Path:
     return table.with_suffix(".statistics.npz")
 
 
-def read_for(
-    path: Path, table_VD: np.ndarray, source: object
-) -> tuple[Statistics, bool]:
-    """(statistics for the bare table of a source, whether they are known to be of it).
+class OfTable(NamedTuple):
+    """Statistics for a bare table.
+
+    is_checked: whether they are known to be of it; side: one of SIDES, if their model
+    is untied and this is one of its two tables, else ''.
+    """
+
+    statistics: Statistics
+    is_checked: bool
+    side: str
+
+
+def read_for(path: Path, table_VD: np.ndarray, source: object) -> OfTable:
+    """The statistics for the bare table of a source.
 
     Raises UserError as `read` does, and if they are of another table. Files of older
     versions tell only its shape.
@@ -247,14 +258,16 @@ def read_for(
     check_shape(statistics, path, table_VD.shape, source)
     own, known = sha256_of_arrays(table_VD), protocol.get(_TABLES)
     if not isinstance(known, list):
-        return statistics, False
+        return OfTable(statistics, False, "")
     if own not in known:
         raise UserError(
             f"{path} has statistics of another table ({shown(', '.join(known))}) than "
             f"the one in {source} ({shown(own)}): give the statistics of this table, "
             "or the table in float32 as the model has it"
         )
-    return statistics, True
+    sides = [side for side, of in zip(SIDES, known, strict=False) if of == own]
+    is_one = len(known) == len(SIDES) and len(sides) == 1
+    return OfTable(statistics, True, sides[0] if is_one else "")
 
 
 def check_shape(

@@ -66,6 +66,26 @@ def _leaves(arguments: dict[str, Any]) -> dict[str, Leaf]:
     return leaves(*sizes, bias=arguments["bias"])
 
 
+def _check_masks(path: Path, model: dict[str, Any]) -> None:
+    """UserError if a stored mask of attention is not that of nanoGPT.
+
+    nanoGPT computes with it where it has no flash attention. Programs made from it may
+    store another one, such as that of a window.
+    """
+    import torch
+
+    for name in model.keys() - {stored for _, stored in plain_names(model)}:
+        mask = model[name]
+        is_there = isinstance(mask, torch.Tensor) and mask.layout == torch.strided
+        if is_there and not mask.is_meta and mask.dim() > 1:
+            causal = torch.ones(mask.shape[-2:], dtype=torch.bool).tril()
+            if not bool(((mask != 0) == causal).all()):
+                raise UserError(
+                    f"{path}: by the mask {name}, tokens see others than all earlier "
+                    f"ones, and pcagpt would ignore that: {_REMEDY}"
+                )
+
+
 def _is_transposed(leaf: Leaf) -> bool:
     return leaf.path.endswith("/kernel")
 
@@ -107,6 +127,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     model, wanted = stored["model"], _leaves(arguments)
     if odd := [name for name in model if not isinstance(name, str)]:
         raise UserError(f"{path}: {odd[0]!r:.60} is no name of a tensor: {_REMEDY}")
+    _check_masks(path, model)
     tensors: dict[str, Any] = {}
     for name, at in plain_names(model):
         both = tensors.setdefault(name, model[at]), model[at]
