@@ -279,14 +279,14 @@ SPOILT = {
             "model": state(torch)
             | {"transformer.h.1.attn.bias": torch.ones(1, 1, 16, 16).tril().triu(-4)}
         },
-        "by the mask transformer.h.1.attn.bias, tokens see others than all earlier",
+        "the mask transformer.h.1.attn.bias is not causal attention's",
     ),
     "all_seen": (
         lambda torch: {
             "model": state(torch)
             | {"transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16, dtype=torch.bool)}
         },
-        "by the mask transformer.h.0.attn.bias, tokens see others",
+        "the mask transformer.h.0.attn.bias is not causal attention's",
     ),
     "fork": (
         lambda _: {"model_args": arguments(activation="relu", causal=False)},

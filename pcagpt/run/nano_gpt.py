@@ -81,8 +81,8 @@ def _check_masks(path: Path, model: dict[str, Any]) -> None:
             causal = torch.ones(mask.shape[-2:], dtype=torch.bool).tril()
             if not bool(((mask != 0) == causal).all()):
                 raise UserError(
-                    f"{path}: by the mask {name}, tokens see others than all earlier "
-                    f"ones, and pcagpt would ignore that: {_REMEDY}"
+                    f"{path}: the mask {name} is not causal attention's, and pcagpt "
+                    f"would ignore it: {_REMEDY}"
                 )
 
 

@@ -23,6 +23,7 @@ _REMEDY = (
 # Ends of architectures with a head that predicts no tokens. transformers would open the
 # body of a tied model, and drop that head.
 _NO_TOKENS = ("Classification", "QuestionAnswering", "MultipleChoice", "RewardModel")
+# Fields of a decoder that does not work alone.
 _READS_MORE = ("is_encoder_decoder", "add_cross_attention")
 # Names of the table's width in configs. If a config has two, the first counts.
 _WIDTHS = ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model", "n_embed")
