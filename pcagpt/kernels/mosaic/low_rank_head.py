@@ -35,6 +35,8 @@ STREAMED = 128  # rows of a streamed tile
 SLOTS = 4  # streamed tiles in shared memory; at least 3: two used, one awaited
 WIDTH = 64  # of the columns that products read; the rank is padded to a multiple
 MAX_RANK = 128  # Results of a higher rank do not fit in the registers.
+MARGIN = 32  # Weights start below 2**-MARGIN, so that later ones may be higher.
+LARGEST_SUM = 2.0**96  # Products of a larger one with the table could overflow.
 
 
 def fits(rank: int, dtype) -> bool:
@@ -42,6 +44,7 @@ def fits(rank: int, dtype) -> bool:
     return launch.has_wgmma() and dtype == jnp.bfloat16 and rank <= MAX_RANK
 
 
+@functools.partial(jax.jit, static_argnames="size")  # References need it.
 def summarize(
     z_NK: jax.Array, wte_VK: jax.Array, size: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -57,26 +60,61 @@ def summarize(
     def of_rows(z_NK, wte_VK):
         count = z_NK.shape[0]
         z_NK = _pad(z_NK, KEPT)
+        tiles = z_NK.shape[0] // KEPT
         normaliser_N, mean_NK = launch.call(
             functools.partial(_summarize, size=size),
             (
                 jax.ShapeDtypeStruct(z_NK.shape[:1], jnp.float32),
                 jax.ShapeDtypeStruct(z_NK.shape, jnp.float32),
             ),
-            programs=min(z_NK.shape[0] // KEPT, launch.multiprocessors()),
+            programs=min(tiles, launch.multiprocessors()),
             groups=HALVES + 1,
             name="head_summarize",
         )(z_NK, wte_VK)
+        is_lost = ~jnp.isfinite(normaliser_N).reshape(tiles, KEPT).all(axis=1)
+        refs = [
+            jax.new_ref(array, memory_space=plgpu.GMEM)
+            for array in (normaliser_N, mean_NK)
+        ]
+        launch.call(
+            functools.partial(_summarize_lost, size=size),
+            (),
+            programs=tiles,
+            groups=HALVES + 1,
+            name="head_summarize_lost",
+        )(z_NK, wte_VK, is_lost.astype(jnp.int32), *refs)
+        normaliser_N, mean_NK = (ref[...] for ref in refs)
         return normaliser_N[:count], mean_NK[:count, :rank]
 
     return of_rows(z_NK, wte_VK)
 
 
 def _summarize(z_ref, wte_ref, normaliser_ref, mean_ref, *, size: int):
-    """Kernel: keeps a tile of tokens and streams the table."""
-    steps = pl.cdiv(size, STREAMED)
+    """Kernel: keeps a tile of tokens and streams the table.
+
+    Weights are relative to the highest logit of the first streamed tile. To follow the
+    highest one from tile to tile takes a tenth of the time. A sum that is too large
+    becomes infinite.
+    """
     first, programs = launch.program()
     turns = lax.div(z_ref.shape[0] // KEPT - first + programs - 1, programs)
+    _visit_table(turns, False, z_ref, wte_ref, normaliser_ref, mean_ref, size)
+
+
+def _summarize_lost(z_ref, wte_ref, is_lost_ref, normaliser_ref, mean_ref, *, size):
+    """Kernel: the same for tiles of tokens that lost a sum, and for all logits.
+
+    Each program has one tile. Most have nothing to do.
+    """
+    turns = is_lost_ref[launch.program()[0]]
+    _visit_table(turns, True, z_ref, wte_ref, normaliser_ref, mean_ref, size)
+
+
+def _visit_table(
+    turns, follows_highest: bool, z_ref, wte_ref, normaliser_ref, mean_ref, size: int
+):
+    steps = pl.cdiv(size, STREAMED)
+    first, programs = launch.program()
 
     def copy(turn, step, slot, streamed, loaded, normaliser):
         del normaliser
@@ -92,27 +130,32 @@ def _summarize(z_ref, wte_ref, normaliser_ref, mean_ref, *, size: int):
             tiles.keep(z_ref.at[place])
 
             def weigh(products, carry, slot, is_first):
-                (logit_hs,), (highest_h, sum_h, _) = products, carry
+                (logit_hs,), (base_h, sum_h, shrink_h) = products, carry
                 if is_first:
                     column_hs = lax.broadcasted_iota(jnp.int32, logit_hs.shape, 1)
                     is_real_hs = column_hs < size - (steps - 1) * STREAMED
                     logit_hs = jnp.where(is_real_hs, logit_hs, -jnp.inf)
-                new_highest_h = jnp.maximum(highest_h, logit_hs.max(axis=1) * LOG2_E)
+                if is_first or follows_highest:
+                    highest_h = logit_hs.max(axis=1) * LOG2_E + MARGIN
+                    new_base_h = jnp.maximum(base_h, highest_h)
+                    # The sums so far are relative to the old base.
+                    shrink_h = jnp.exp2(base_h - new_base_h)
+                    base_h, sum_h = new_base_h, sum_h * shrink_h
                 # One instruction multiplies and subtracts.
-                p_hs = jnp.exp2(logit_hs * LOG2_E - columns(new_highest_h, STREAMED))
-                # The sums so far are relative to the old maximum.
-                shrink_h = jnp.exp2(highest_h - new_highest_h)
-                sum_h = sum_h * shrink_h + p_hs.sum(axis=1)
-                return (p_hs,), (new_highest_h, sum_h, shrink_h)
+                p_hs = jnp.exp2(logit_hs * LOG2_E - columns(base_h, STREAMED))
+                return (p_hs,), (base_h, sum_h + p_hs.sum(axis=1), shrink_h)
 
             def shrink(sums, carry):
+                if not follows_highest:
+                    return sums
                 return (sums[0] * columns(carry[2], sums[0].shape[1]),)
 
             zeros = jnp.zeros(HALF, jnp.float32)
             start = jnp.full(HALF, -jnp.inf, jnp.float32), zeros, zeros
-            mean_hK, (highest_h, sum_h, _) = tiles.fold(turn, weigh, shrink, start)
+            mean_hK, (base_h, sum_h, _) = tiles.fold(turn, weigh, shrink, start)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            normaliser[group] = (highest_h + jnp.log2(sum_h)) * (1 / LOG2_E)
+            total_h = jnp.where(sum_h < LARGEST_SUM, sum_h, jnp.inf)
+            normaliser[group] = (base_h + jnp.log2(total_h)) * (1 / LOG2_E)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(normaliser.at[group], normaliser_ref.at[place])
             mean_hK *= columns(1 / sum_h, mean_hK.shape[1])
@@ -132,21 +175,24 @@ def table_gradient(
     negative or at least V matches no row.
     """
     size, rank = wte_VK.shape
+    # It takes the kernel longer to compare each row with each target.
+    own_row_N = jnp.where(targets_N < 0, size, targets_N)
+    occurrences_VK = jnp.zeros((size, rank), jnp.float32)
+    occurrences_VK = occurrences_VK.at[own_row_N].add(z_NK, mode="drop")
     wte_VK = _pad(wte_VK, KEPT)
     tiles, steps = wte_VK.shape[0] // KEPT, pl.cdiv(z_NK.shape[0], STREAMED)
     splits = _splits(tiles, steps)
     z_NK = _pad(z_NK, STREAMED * splits)
     padding = z_NK.shape[0] - normaliser_N.shape[0]
     normaliser_N = jnp.pad(normaliser_N, (0, padding), constant_values=jnp.inf)
-    targets_N = jnp.pad(targets_N, (0, padding), constant_values=-1)
     parts = launch.call(
         functools.partial(_table_gradient, splits=splits),
         jax.ShapeDtypeStruct((splits, *wte_VK.shape), jnp.float32),
         programs=min(tiles * splits, launch.multiprocessors()),
         groups=HALVES + 1,
         name="head_table_gradient",
-    )(wte_VK, z_NK, normaliser_N * LOG2_E, targets_N)
-    return parts.sum(axis=0)[:size, :rank]
+    )(wte_VK, z_NK, normaliser_N * LOG2_E)
+    return parts.sum(axis=0)[:size, :rank] - occurrences_VK
 
 
 def _splits(tiles: int, steps: int) -> int:
@@ -162,23 +208,20 @@ def _splits(tiles: int, steps: int) -> int:
     return next(n for n, cost in enumerate(costs, 1) if cost <= 1.05 * min(costs))
 
 
-def _table_gradient(
-    wte_ref, z_ref, normaliser_ref, target_ref, gradient_ref, *, splits: int
-):
+def _table_gradient(wte_ref, z_ref, normaliser_ref, gradient_ref, *, splits: int):
     """Kernel: keeps a tile of the table and streams the tokens."""
     steps = z_ref.shape[0] // (STREAMED * splits)
     first, programs = launch.program()
     items = wte_ref.shape[0] // KEPT * splits
     turns = lax.div(items - first + programs - 1, programs)
 
-    def copy(turn, step, slot, streamed, loaded, normaliser, target):
+    def copy(turn, step, slot, streamed, loaded, normaliser):
         split = lax.rem(turn * programs + first, splits)
         rows = pl.ds((split * steps + step) * STREAMED, STREAMED)
         plgpu.copy_gmem_to_smem(z_ref.at[rows], streamed.at[slot], loaded)
         plgpu.copy_gmem_to_smem(normaliser_ref.at[rows], normaliser.at[slot], loaded)
-        plgpu.copy_gmem_to_smem(target_ref.at[rows], target.at[slot], loaded)
 
-    def multiply(group, tiles, normaliser, target):
+    def multiply(group, tiles, normaliser):
         @pl.loop(0, turns)
         def _(turn):
             item = turn * programs + first
@@ -189,19 +232,13 @@ def _table_gradient(
             def weigh(products, carry, slot, is_first):
                 del is_first
                 exponent_hs = products[0] * LOG2_E - rows(normaliser[slot], HALF)
-                p_hs = jnp.exp2(exponent_hs)
-                row_hs = lax.broadcasted_iota(jnp.int32, p_hs.shape, 0)
-                is_target_hs = row_hs == rows(target[slot] - row, HALF)
-                return (jnp.where(is_target_hs, p_hs - 1.0, p_hs),), carry
+                return (jnp.exp2(exponent_hs),), carry
 
             gradient_hK, _ = tiles.fold(turn, weigh, lambda sums, _: sums, ())
             tiles.write(gradient_hK, gradient_ref.at[lax.rem(item, splits), place])
 
-    scratch = {
-        "normaliser": launch.shared((SLOTS, STREAMED), normaliser_ref.dtype),
-        "target": launch.shared((SLOTS, STREAMED), target_ref.dtype),
-    }
-    _run(copy, multiply, turns, steps, wte_ref, 3, **scratch)
+    scratch = {"normaliser": launch.shared((SLOTS, STREAMED), normaliser_ref.dtype)}
+    _run(copy, multiply, turns, steps, wte_ref, 2, **scratch)
 
 
 def _pad(rows_XK, multiple: int) -> jax.Array:
