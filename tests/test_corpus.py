@@ -5,6 +5,7 @@ import errno
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -834,6 +835,7 @@ def test_the_characters_of_a_meta_file_are_known_in_the_order_of_ids(
     (folder / name).write_bytes(stored)
     info = describe_corpus(str(folder))
     assert info.characters == ("a", "\n", "é")
+    (folder / name).unlink()
     write_tokens(folder, [0, 1, 2], vocab_size=3, itos=["a", "é", "\n"])
     assert describe_corpus(str(folder)).tokenizer_sha256 != info.tokenizer_sha256
 
@@ -1065,6 +1067,14 @@ def test_meta_json_beside_meta_pickle_is_believed_unless_they_differ(folder, cac
     refused(
         folder, cache, r"json gives vocab_size 2, but meta\.pkl beside it 3: correct"
     )
+    write_tokens(folder, [0, 1], vocab_size=2, itos=["a", "b"])
+    for itos, reason in (({1: "b"}, None), (["b", "a"], "id 0 the text 'a', but meta")):
+        known = pickle.dumps({"vocab_size": 2, "itos": itos})
+        (folder / "meta.pkl").write_bytes(known)
+        if reason:
+            refused(folder, cache, reason)
+        else:
+            assert open_corpus(str(folder), cache).characters == ("a", "b")
 
 
 def text_ids(tokenizer="gpt2", split="val"):
@@ -1219,6 +1229,13 @@ def test_unusual_ids_are_not_taken_for_another_layout(folder, cache):
     assert open_corpus(str(folder), cache).tokens("train")[:].tolist() == wide.tolist()
 
 
+def litdata_chunk(*items):
+    """As litdata 0.2 writes them: a number, the places of the items, their bytes."""
+    ends = itertools.accumulate(map(len, items), initial=4 * (len(items) + 2))
+    places = np.array([len(items), *ends], "<u4")
+    return b"".join([places.tobytes(), *items])
+
+
 def npy(array):
     """The content of a .npy file."""
     file = io.BytesIO()
@@ -1244,6 +1261,8 @@ TRUE_IDS = np.array(
         ("It was a bright day".encode("utf-16"), "in UTF-16: convert it with iconv -f"),
         ((20240520).to_bytes(4, "little") + bytes(1020), "it is llm.c's"),
         (b"LITPKDS" + struct.pack("<QBQ", 1, 8, 512) + bytes(1024), "it is lit-gpt's"),
+        (litdata_chunk(TRUE_IDS.tobytes()), "it is a chunk of litdata: read its"),
+        (litdata_chunk(*[bytes(range(2, 40))] * 9), "it is a chunk of litdata"),
     ],
 )
 @pytest.mark.parametrize("vocab_size", [None, 50257, 65536])

@@ -343,6 +343,14 @@ def test_a_checkpoint_is_not_mapped_into_memory(torch, tmp_path):
     assert tensors and str(file) not in Path("/proc/self/maps").read_text()
 
 
+def test_a_tensor_that_is_stored_as_its_negative_is_read(torch, tmp_path):
+    tensors, name = state(torch), "transformer.wpe.weight"
+    plain = write(torch, tmp_path / "plain")
+    tensors[name] = torch._neg_view(-tensors[name])  # As `imag` makes of conjugates.
+    negative = write(torch, tmp_path / "negative", tensors)
+    assert_equal(weights(negative), weights(plain))
+
+
 def test_a_checkpoint_that_was_written_without_sums_is_read(torch, tmp_path):
     torch.serialization.set_crc32_options(False)
     try:

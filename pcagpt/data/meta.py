@@ -156,7 +156,7 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
 def _with_pickle(path: Path, meta: dict, pickled: Path) -> dict:
     """The fields of meta.json, and those of meta.pkl that it lacks.
 
-    UserError if they state two sizes of the vocabulary.
+    UserError if they state two sizes of the vocabulary, or other texts of its ids.
     """
     try:
         known = _read_pickle(pickled)
@@ -170,6 +170,14 @@ def _with_pickle(path: Path, meta: dict, pickled: Path) -> dict:
             f"{path} gives vocab_size {sizes[0]!r}, but {pickled.name} beside it "
             f"{sizes[1]!r}: correct one of them, or remove meta.pkl"
         )
+    texts, others = _vocabulary(path, meta), _vocabulary(pickled, known)
+    for number in sorted(texts.keys() & others.keys()):
+        if texts[number] != others[number]:
+            raise UserError(
+                f"{path} gives id {number} the text {texts[number]!r}, but "
+                f"{pickled.name} beside it {others[number]!r}: correct one of them, or "
+                "remove meta.pkl"
+            )
     if meta.keys() & {"tokenizer", "tokenizer_sha256", "itos", "stoi"}:
         return {"vocab_size": known.get("vocab_size")} | meta
     return known | meta

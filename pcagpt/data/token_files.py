@@ -112,10 +112,32 @@ def _refuse_foreign(path: Path) -> None:
         head = file.read(HEAD_BYTES)
     if kind := foreign_kind(head):
         raise UserError(f"{path} holds no token ids, it is {kind}")
+    if _is_litdata(path):
+        raise UserError(
+            f"{path} holds no token ids, it is a chunk of litdata: read its items with "
+            "StreamingDataset, and write their ids"
+        )
     if len(head) >= 16 and is_text(head):
         raise UserError(
             f"{path} holds no token ids, it is text: name it {path.stem}.txt, in a "
             "folder without .bin files, to have it tokenized"
+        )
+
+
+def _is_litdata(path: Path) -> bool:
+    """Whether a file begins with the number of its items and where each one starts.
+
+    The last place is the end of the file, so ids do not look like this.
+    """
+    size = path.stat().st_size
+    with naming(path), path.open("rb") as file:
+        items, first = (int.from_bytes(file.read(4), "little") for _ in range(2))
+        end = 4 * (items + 1)
+        file.seek(min(end, size))
+        return (
+            items > 0
+            and first == end + 4
+            and file.read(4) == size.to_bytes(4, "little")
         )
 
 

@@ -55,7 +55,7 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
     arguments, tensors = _read(folder)
     found = {}
     for name, leaf in _leaves(arguments).items():
-        array = tensors.pop(name).detach().float().numpy()  # Frees its memory.
+        array = tensors.pop(name).float().numpy()  # Frees its memory.
         array = array.T if _is_transposed(leaf) else array
         found[leaf.path] = np.array(array, np.float32, order="C")
     return found
@@ -151,7 +151,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"{path}: {name} is {shape}, but its model_args ask for {expected}: "
                 f"{_REMEDY}"
             )
-        array = tensors[name].detach()
+        array = tensors[name] = tensors[name].detach().resolve_neg()
         array = array if array.stride(-1) == 1 else array.T  # The rows of the file.
         refuse_holes(path, name, array.contiguous().view(torch.uint8).numpy())
     if HEAD in tensors and not are_equal(tensors[HEAD], tensors[TABLE]):
