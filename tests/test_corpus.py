@@ -609,11 +609,11 @@ def test_what_is_used_and_what_is_left_out_is_said(folder):
     (folder / "test").mkdir()
     assert find_source(str(folder)).notice == (
         f"text in {folder}: train from a.train.txt, 'b train (1).txt', val from "
-        "val.raw; left out: notes.txt, test/, train.csv"
+        "val.raw; not read as text: notes.txt, test/, train.csv"
     )
     write_tokens(folder, [1], vocab_size=10)
     notice = find_source(str(folder)).notice
-    assert notice.startswith(f"tokens in {folder}; left out: a.tr")
+    assert notice.startswith(f"tokens in {folder}; not read as tokens: a.tr")
     assert find_source("sotu").notice == ""
 
 
@@ -650,8 +650,8 @@ def test_odd_names_are_quoted_in_the_lines_and_commands(folder):
     for name in ("a, b.train.txt", "val.txt", "line\nend", "résumé.md"):
         (folder / name).write_text("text\n")
     assert find_source(str(folder)).notice == (
-        f"text in {folder}: train from 'a, b.train.txt', val from val.txt; left out: "
-        r"'line\nend', résumé.md"
+        f"text in {folder}: train from 'a, b.train.txt', val from val.txt; not read as "
+        r"text: 'line\nend', résumé.md"
     )
     (folder / "it's.train.txt").write_bytes(b"one\0")
     command = rf"""tr -d '\000' < '{folder}/it'"'"'s.train.txt' > NEW"""
@@ -1324,7 +1324,7 @@ def test_one_text_file_is_cut_into_splits_at_lines(tmp_path, cache):
         told.append(texts)
     assert told[0] == told[1]
     notices = [find_source(str(source)).notice for source in (file, file.parent)]
-    assert notices[1] == f"{notices[0]}; left out: notes.md"
+    assert notices[1] == f"{notices[0]}; not read as text: notes.md"
     assert "".join(text.replace(END_OF_TEXT, "") for text in texts.values()) == (
         "".join(lines)
     )

@@ -62,10 +62,12 @@ class TokenFolder(NamedTuple):
 
     @property
     def notice(self) -> str:
-        """A line that says what is used and what is left out; '' if all is used."""
+        """A line that names what is not read as tokens; '' for nothing."""
         used = {f"{split}.bin" for split in SPLITS} | {*META_FILES, content.NAME}
         others = text_files.other_names(self.folder, used)
-        return f"tokens in {self.folder}; left out: {others}" if others else ""
+        return (
+            f"tokens in {self.folder}; not read as tokens: {others}" if others else ""
+        )
 
 
 def absolute_source(source: str) -> str:
@@ -120,7 +122,7 @@ def find_source(source: str) -> TextSource | TokenFolder:
 def _single_text(path: Path, beside: Sequence[str] = ()) -> TextSource:
     """A text file as a source; each split is one document.
 
-    `beside`: the names in its folder. The notice lists the others as left out.
+    `beside`: the names in its folder. The notice lists the others.
     """
 
     def documents(start: int, end: int) -> list[Document]:
@@ -130,7 +132,9 @@ def _single_text(path: Path, beside: Sequence[str] = ()) -> TextSource:
         return (single_text.text_hash(path),)
 
     others = text_files.some_of([name for name in beside if name != path.name])
-    line = single_text.notice(path) + (f"; left out: {others}" if others else "")
+    line = single_text.notice(path) + (
+        f"; not read as text: {others}" if others else ""
+    )
     places = single_text.parts(path).items()
     of_split = {split: partial(documents, *place) for split, place in places}
     return TextSource(_name(path), "gpt2", fingerprints, of_split, line)

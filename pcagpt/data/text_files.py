@@ -56,12 +56,12 @@ class TextFiles:
     left_out: list[str]
 
     def __str__(self) -> str:
-        """As in 'text in wiki: train from a.train.txt; left out: notes.md'."""
+        """As in 'text in wiki: train from a.train.txt; not read as text: notes.md'."""
         used = (
             f"{split} from {some_of([path.name for path in paths])}"
             for split, paths in self.of_split.items()
         )
-        rest = f"; left out: {some_of(self.left_out)}" if self.left_out else ""
+        rest = f"; not read as text: {some_of(self.left_out)}" if self.left_out else ""
         return f"text in {self.folder}: {', '.join(used)}{rest}"
 
 
