@@ -9,12 +9,14 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pcagpt import process
 from pcagpt.errors import UserError, naming
 
 # A temporary of `write_file`; older versions wrote no random part.
@@ -72,6 +74,14 @@ def unused_name(path: Path, fate: str) -> Path:
     while name.exists():  # Moved in the same second.
         name = name.with_name(f"{name.name}x")
     return name
+
+
+def keep_copy(path: Path) -> None:
+    """Copies a file that a person changed to NAME.replaced-TIME, and says so."""
+    kept = unused_name(path, "replaced")
+    with naming(path):
+        shutil.copy2(path, kept)
+    process.say(f"{path} was changed, and is kept as {kept.name}")
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:

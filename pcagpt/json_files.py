@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
 import numpy as np
 
 from pcagpt.errors import UserError, unreadable
-from pcagpt.files import odd_kind, write_text
+from pcagpt.files import keep_copy, odd_kind, write_text
 
 _SEAL = "sha256"  # in a JSON object: the hash of all other fields
 _LARGEST_JSON = 2**28  # bytes
@@ -26,8 +26,10 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replaces a JSON file; `strict` converts the value, and a hash seals it.
 
     A value that was read with `parse_json` still has its old seal; the new seal
-    replaces it.
+    replaces it. A file that a person wrote or changed is kept under another name.
     """
+    if path.is_file() and not is_sealed(path):
+        keep_copy(path)
     value = {name: entry for name, entry in strict(value).items() if name != _SEAL}
     text = json.dumps(
         value | {_SEAL: _sha256_of_json(value)},

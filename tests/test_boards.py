@@ -40,7 +40,7 @@ from pcagpt.pipeline.token_rows import show_rows
 from pcagpt.report import spectrum_figure
 from pcagpt.run.hyperparameters import columns, hyperparameters
 from pcagpt.run.trained import Run
-from pcagpt.telemetry import wandb_run
+from pcagpt.telemetry import tensorboard_files, wandb_run
 from pcagpt.telemetry.boards import Boards
 from pcagpt.telemetry.tensorboard_files import TensorBoard
 
@@ -351,6 +351,36 @@ def test_the_projector_has_the_most_frequent_tokens_before_and_after(
     more |= {"model_path": f"{config.workdir}/gpt_baseline"}
     execute(changed(config, **more))
     assert list(projected(folder)) == ["before", "after_rank_4", "after_rank_8"]
+    assert not list((folder / PROJECTOR).rglob("*.replaced-*"))
+
+
+def test_what_a_person_changed_in_the_projector_is_kept(tmp_path):
+    place = tmp_path / PROJECTOR
+
+    def write(number):
+        tables = {"before": np.full((2, 3), number)}
+        tensorboard_files.write_projector(tmp_path, tables, [(1, "a"), (2, "b")], "nt")
+
+    write(1.0)
+    write(2.0)
+    assert not list(place.rglob("*.replaced-*"))
+    theirs = {place / "before" / "metadata.tsv": "n\tmine\n1\tx\n2\ty\n"}
+    theirs[place / "projector_config.pbtxt"] = "embeddings {}\n"
+    for path, text in theirs.items():
+        path.write_text(text)
+    table, outside = place / "before" / "tensors.tsv", tmp_path / "outside.tsv"
+    outside.write_text("7\t7\t7\n")
+    table.unlink()
+    table.symlink_to(outside)
+    (place / "written.json").write_text("no JSON")
+    write(2.0)
+    write(3.0)
+    theirs[outside] = "7\t7\t7\n"
+    assert outside.read_text() == "7\t7\t7\n"
+    for path, text in theirs.items():
+        (kept,) = place.rglob(f"{path.name.replace('outside', 'tensors')}.replaced-*")
+        assert kept.read_text() == text
+    assert projected(tmp_path)["before"][1].tolist() == [[3.0] * 3] * 2
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,22 @@ def test_changed_json_is_refused_unless_its_seal_is_removed(tmp_path):
     assert json_files.read_json(path, "delete it") == {"loss": 1.4}
 
 
+def test_json_that_a_person_changed_is_kept_when_it_is_written_anew(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    for loss in (3.0, 2.0):
+        json_files.write_json(path, {"loss": loss})
+    assert not list(tmp_path.glob("*.replaced-*"))
+    for theirs in ('{"loss": 2.0, "note": "mine"}', "no JSON"):
+        path.write_text(theirs)
+        json_files.write_json(path, {"loss": 1.0})
+        (kept,) = tmp_path.glob("*.replaced-*")
+        assert kept.read_text() == theirs
+        said = f"{path} was changed, and is kept as {kept.name}\n"
+        assert capsys.readouterr().out == said
+        assert json_files.read_json(path, "") == {"loss": 1.0}
+        kept.unlink()
+
+
 def test_no_flipped_bit_of_json_changes_what_is_read(tmp_path):
     path, value = tmp_path / "a.json", {"loss": 1.5, "name": "é", "none": None}
     json_files.write_json(path, value)

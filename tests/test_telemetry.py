@@ -81,7 +81,9 @@ def test_resuming_drops_later_and_torn_lines_and_repeats_none(tmp_path):
     }
 
 
-def test_damaged_lines_are_left_out_with_one_warning(tmp_path, caplog, monkeypatch):
+def test_damaged_lines_are_left_out_with_one_warning_and_kept(
+    tmp_path, caplog, monkeypatch
+):
     monkeypatch.setattr(logging.getLogger("pcagpt"), "propagate", True)
     with start(tmp_path, tensorboard=False) as log:
         for step in range(5):
@@ -97,6 +99,8 @@ def test_damaged_lines_are_left_out_with_one_warning(tmp_path, caplog, monkeypat
     assert [line["step"] for line in read_lines(tmp_path)] == [0, 4]
     (record,) = caplog.records
     assert "metrics.jsonl: damaged lines are left out: 2, 3, 4" in record.message
+    (kept,) = tmp_path.glob("metrics.jsonl.replaced-*")
+    assert kept.read_bytes() == b"\n".join(lines)
 
 
 @pytest.mark.parametrize(

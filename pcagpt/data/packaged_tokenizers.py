@@ -47,9 +47,9 @@ def _name_by_content(file: Path, _: object) -> str | None:
     parts = (one if isinstance(one, list) else [one] for one in merges)
     made = ["".join(map(str, one)).replace(" ", "") for one in parts]
     fitting = (name for name, of in RANKS.items() if of.vocab_size == len(own))
-    same = next((name for name in fitting if own == _vocabulary_of(name)), None)
+    same = next((name for name in fitting if own == ids_by_text_of(name)), None)
     # Merges make all tokens but the bytes and the end of text, in the order of ids.
-    return same if same and made == list(_vocabulary_of(same))[256:-1] else None
+    return same if same and made == list(ids_by_text_of(same))[256:-1] else None
 
 
 def _merges_of_gpt2s_kind(file: Path) -> list[Any] | None:
@@ -78,7 +78,7 @@ def _merges_of_gpt2s_kind(file: Path) -> list[Any] | None:
 
 
 @functools.cache
-def _vocabulary_of(name: str) -> dict[str, int]:
+def ids_by_text_of(name: str) -> dict[str, int]:
     """vocab.json of a tokenizer of the package."""
     encoding = load_tokenizer(name)
     tokens = map(encoding.decode_single_token_bytes, range(encoding.eot_token))

@@ -21,12 +21,12 @@ from pcagpt.data.vocabulary_files import (
 from pcagpt.errors import UserError
 from pcagpt.json_files import read_json
 
-CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"
+CONFIG, ADDED = "tokenizer_config.json", "added_tokens.json"
 _MODEL = "config.json"  # of the model
 _SPECIAL = "special_tokens_map.json"
 GPT2 = "GPT2Tokenizer"  # a class of transformers
 # Files that a folder with GPT-2's tokens does not have alone.
-_PARTS = (VOCAB, MERGES, _ADDED, "vocab.txt", "*.model", "*.tiktoken")
+PARTS = (VOCAB, MERGES, ADDED, "vocab.txt", "*.model", "*.tiktoken")
 _ENDS = ("bos_token", "eos_token", "unk_token")  # <|endoftext|> if none is named
 SAVE_WHOLE = (
     f"save it as {WHOLE}, with AutoTokenizer and save_pretrained of transformers"
@@ -41,7 +41,7 @@ def check_is_gpt2s(folder: Path) -> None:
     It is for a folder without a `file_of`. What GPT-2's own tokenizer_config.json and
     special_tokens_map.json say is no such trace.
     """
-    traces = [file for file in sorted(folder.iterdir()) if any(map(file.match, _PARTS))]
+    traces = [file for file in sorted(folder.iterdir()) if any(map(file.match, PARTS))]
     config, kind = config_beside(folder / WHOLE), class_beside(folder / WHOLE)
     is_other = config.get("add_prefix_space") or _other_special(config, [END_OF_TEXT])
     if is_other or not _is_gpt2(kind or GPT2):
@@ -94,8 +94,8 @@ def disagreement(file: Path) -> str | None:
             if isinstance(one, dict)
         ]
     else:
-        added = read_json(file.with_name(_ADDED), DAMAGED) or {}
-        stated = [(text, str(number), _ADDED) for text, number in added.items()]
+        added = read_json(file.with_name(ADDED), DAMAGED) or {}
+        stated = [(text, str(number), ADDED) for text, number in added.items()]
     for text, number, place in stated:
         if not isinstance(text, str):
             continue

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pcagpt.config.schema import DataSettings
-from pcagpt.data import gguf_header, vocabulary
+from pcagpt.data import gguf_header, lost_tokenizer, vocabulary
 from pcagpt.data.characters import CharacterTokenizer
 from pcagpt.data.corpus import Corpus
 from pcagpt.data.meta import CorpusInfo
@@ -85,6 +85,7 @@ class OwnTokens:
         is_other = opened not in (None, described.sha256)
         if is_other or (name and not self.has_tokenizer(chosen)):
             raise self._edited(chosen)
+        self._compare(chosen)
         size, rows = described.rows_needed, self.record["vocab_size"]
         if rows < size:
             raise UserError(
@@ -124,6 +125,11 @@ class OwnTokens:
         if recorded and not is_packaged and vocabulary.is_known(name):
             return vocabulary.describe(name).sha256 == recorded
         return vocabulary.are_same(own, name)
+
+    def _compare(self, name: str) -> None:
+        """Compares a tokenizer that was named with what is left of the model's own."""
+        if "data" not in self.record and not self._is_told:
+            lost_tokenizer.check_is_models(self.folder, name)
 
     def check_unedited(self, name: str | None) -> None:
         """Raises UserError if the file of this name is the run's, but was changed."""
@@ -265,6 +271,8 @@ class OwnTokens:
 
     def check_is_told(self, corpus: CorpusInfo, asked: str) -> None:
         """Raises UserError if nothing says that tokens are those of the model."""
+        if asked != "auto":
+            self._compare(vocabulary.name_of(asked))
         if self._is_told or asked != "auto":
             return
         if corpus.tokenizer:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from pcagpt.errors import UserError, naming
-from pcagpt.files import open_file, write_text
+from pcagpt.files import keep_copy, open_file, write_text
 from pcagpt.json_files import check_fields, parse_json, strict
 from pcagpt.telemetry.boards import Boards, Wanted
 from pcagpt.telemetry.tensorboard_files import VAL_LOSS
@@ -32,6 +32,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Other lines are left out with one warning. The last line may be torn, because a
     killed run can leave the first half of a line.
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """(entries, the numbers of the lines that are left out)."""
     entries, bad, lines = [], [], []
     if path.exists():
         with open_file(path) as file:
@@ -47,7 +52,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 bad.append(str(number))
     if bad:
         _LOGGER.warning("%s: damaged lines are left out: %s", path, ", ".join(bad))
-    return entries
+    return entries, bad
 
 
 class Telemetry(Boards):
@@ -93,9 +98,12 @@ class Telemetry(Boards):
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / "metrics.jsonl"
+        entries, others = _read(self._path)
+        if others:  # A person may have written them.
+            keep_copy(self._path)
         kept = {
             (entry["step"], entry["split"]): json.dumps(entry) + "\n"
-            for entry in read_metrics(self._path)
+            for entry in entries
             if entry["step"] <= last_step
         }
         if self._path.exists():

@@ -1,8 +1,11 @@
 """Event files for TensorBoard, and the files of its embedding projector."""
 
+import contextlib
+import hashlib
 import math
 import re
 import socket
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from pcagpt.files import naming
+from pcagpt.errors import UserError, naming
+from pcagpt.file_hashes import sha256_of_file
+from pcagpt.files import keep_copy, write_file
+from pcagpt.json_files import read_json, write_json
 
 # TensorBoard opens on the group that is the first in the alphabet: this one alone.
 VAL_LOSS = "loss/val"
@@ -33,6 +39,7 @@ _TEXT_WIDTH = 100  # characters
 _FLUSH_SECONDS = 30  # A person who looks on waits so long at most.
 # Where TensorBoard looks for the projector's files in a run's folder.
 _PROJECTOR = Path("plugins", "org_tensorflow_tensorboard_projector")
+_OWN = "written.json"  # hashes of what `write_projector` wrote
 
 
 class TensorBoard:
@@ -178,6 +185,8 @@ def write_projector(
 ) -> None:
     """Writes tables for the embedding projector; replaces those of the same name.
 
+    A file that a person wrote or changed is kept under another name.
+
     Args:
       folder: a run in TensorBoard.
       tables: {name: rows [n, D]}; the names are words.
@@ -186,14 +195,36 @@ def write_projector(
     """
     from tensorboardX.embedding import append_pbtxt, make_mat, make_tsv
 
+    with tempfile.TemporaryDirectory() as made:
+        for name, rows in tables.items():
+            (Path(made) / name).mkdir()
+            make_tsv(labels, f"{made}/{name}", header)
+            make_mat(_rounded(rows), f"{made}/{name}")
+            append_pbtxt(labels, None, made, name, 0, name)
+        files = (path for path in Path(made).rglob("*") if path.is_file())
+        contents = {str(path.relative_to(made)): path.read_bytes() for path in files}
     place = folder / _PROJECTOR
+    own = _own_digests(place)
+    digests = {n: hashlib.sha256(text).hexdigest() for n, text in contents.items()}
     place.mkdir(parents=True, exist_ok=True)
-    (place / "projector_config.pbtxt").unlink(missing_ok=True)
-    for name, rows in tables.items():
-        (place / name).mkdir(exist_ok=True)
-        make_tsv(labels, str(place / name), header)
-        make_mat(_rounded(rows), str(place / name))
-        append_pbtxt(labels, None, str(place), name, 0, name)
+    # A command that is killed leaves files of both.
+    both = {name: [*own.get(name, [])[-1:], sha256] for name, sha256 in digests.items()}
+    write_json(place / _OWN, own | both)
+    for name, content in contents.items():
+        path = place / name
+        path.parent.mkdir(exist_ok=True)
+        if path.is_file() and sha256_of_file(path) not in both[name]:
+            keep_copy(path)
+        write_file(path, lambda file, c=content: file.write(c))
+
+
+def _own_digests(place: Path) -> dict[str, list[str]]:
+    """{file: hashes of what pcagpt wrote there}."""
+    with contextlib.suppress(UserError):
+        found = read_json(place / _OWN, "") or {}
+        if all(isinstance(digests, list) for digests in found.values()):
+            return found
+    return {}
 
 
 def _rounded(rows: np.ndarray) -> np.ndarray:

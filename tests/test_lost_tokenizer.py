@@ -1,0 +1,131 @@
+"""Tokenizers that a person names for a model that lost its own."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from pcagpt.data import lost_tokenizer
+from pcagpt.data.meta import CorpusInfo
+from pcagpt.errors import UserError
+from pcagpt.run.trained import Run
+
+tokenizer_folders = pytest.importorskip(
+    "tokenizer_folders", reason="needs the extra hf"
+)
+ROWS = 5000
+OTHER = r"id 3 is .*came with the model \(.* ids differ\): name the model's own"
+
+
+@pytest.fixture
+def right(tmp_path):
+    """A tokenizer.json that is not the model's folder's."""
+    folder = tmp_path / "right"
+    folder.mkdir()
+    tokenizer_folders.byte_level(folder)
+    return folder / "whole" / "tokenizer.json"
+
+
+def ids(file):
+    return json.loads(file.read_text())["model"]["vocab"]
+
+
+@pytest.fixture
+def wrong(right, tmp_path):
+    """The same tokens with other ids."""
+    content = json.loads(right.read_text())
+    texts = sorted(content["model"]["vocab"], key=ids(right).get)
+    texts = [*texts[:3], *texts[53:], *texts[3:53]]
+    content["model"]["vocab"] = {text: number for number, text in enumerate(texts)}
+    (tmp_path / "wrong").mkdir()
+    found = tmp_path / "wrong" / "tokenizer.json"
+    found.write_text(json.dumps(content))
+    return found
+
+
+@pytest.fixture
+def llama(tmp_path):
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    table = np.random.default_rng(0).normal(size=(ROWS, 8)).astype(np.float32)
+    save_file({"model.embed_tokens.weight": table}, folder / "model.safetensors")
+    sizes = {"vocab_size": ROWS, "hidden_size": 8}
+    named = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (folder / "config.json").write_text(json.dumps(named | sizes))
+    return folder
+
+
+def in_vocab(folder, right):
+    (folder / "vocab.json").write_text(json.dumps(ids(right)))
+
+
+def in_lines(folder, right):
+    texts = sorted(ids(right), key=ids(right).get)
+    (folder / "vocab.txt").write_text("\n".join(texts) + "\n", "utf-8")
+
+
+def in_added_tokens(folder, right):
+    some = dict(list(ids(right).items())[3:9])
+    (folder / "added_tokens.json").write_text(json.dumps(some))
+
+
+def in_settings(folder, right):
+    some = list(ids(right).items())[3:9]
+    decoder = {str(number): {"content": text} for text, number in some}
+    content = json.dumps({"added_tokens_decoder": decoder})
+    (folder / "tokenizer_config.json").write_text(content)
+
+
+@pytest.mark.parametrize("state", [in_vocab, in_lines, in_added_tokens, in_settings])
+def test_what_is_left_of_a_models_tokenizer_refuses_another_one(
+    state, llama, right, wrong, said
+):
+    state(llama, right)
+    tokens = Run.open(llama, any_architecture=True).tokens
+    assert tokens.record["tokenizer"] is None
+    corpus = CorpusInfo("text", ("val",), ROWS, None)
+    assert tokens.tokenizer_name(str(right)) == str(right)
+    tokens.check_is_told(corpus, str(right))
+    assert not said()
+    with pytest.raises(UserError, match=OTHER):
+        tokens.tokenizer_name(str(wrong))
+    with pytest.raises(UserError, match=OTHER):
+        tokens.check_is_told(corpus, str(wrong))
+
+
+def test_the_tokens_of_a_gguf_file_refuse_another_tokenizer(right, wrong, tmp_path):
+    for package in ("gguf", "transformers"):
+        pytest.importorskip(package, reason="needs the extra hf")
+    import gguf_files
+
+    file = tmp_path / "own.gguf"
+    # No program here knows how this one cuts a text.
+    gguf_files.write(file, right, says={"pre": "a-new-cut"})
+    tokens = Run.open(file, any_architecture=True).tokens
+    assert tokens.record["tokenizer"] is None
+    assert tokens.tokenizer_name(str(right)) == str(right)
+    with pytest.raises(UserError, match=OTHER):
+        tokens.tokenizer_name(str(wrong))
+
+
+def test_few_other_texts_are_a_line_and_rows_without_a_token_are_none(
+    llama, right, said
+):
+    texts = {number: text for text, number in ids(right).items()}
+    texts |= {7: "<unused>", 9: f" {texts[9]}"}
+    vocab = {text: number for number, text in texts.items()}
+    (llama / "vocab.json").write_text(json.dumps(vocab))
+    lost_tokenizer.check_is_models(llama, str(right))
+    (line,) = said()
+    assert line.startswith("id 7 is ") and "(1 of " in line
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"]
+)
+def test_what_cannot_be_compared_is_named(name, llama, right, said):
+    (llama / name).write_bytes(b"\x0a\x0e\xff")
+    lost_tokenizer.check_is_models(llama, str(right))
+    (line,) = said()
+    assert line.startswith(f"{llama / name} is of the tokenizer of {llama}, and could")
