@@ -9,14 +9,12 @@ import logging
 import os
 import re
 import secrets
-import shutil
 import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pcagpt import process
 from pcagpt.errors import UserError, naming
 
 # A temporary of `write_file`; older versions wrote no random part.
@@ -77,11 +75,24 @@ def unused_name(path: Path, fate: str) -> Path:
 
 
 def keep_copy(path: Path) -> None:
-    """Copies a file that a person changed to NAME.replaced-TIME, and says so."""
+    """Gives a file the second name NAME.replaced-TIME and says so.
+
+    It is for a file that the caller replaces and did not write. The target of a link
+    stays anyway, so a link gets none.
+    """
+    if path.is_symlink():
+        return
     kept = unused_name(path, "replaced")
     with naming(path):
-        shutil.copy2(path, kept)
-    process.say(f"{path} was changed, and is kept as {kept.name}")
+        try:
+            os.link(path, kept)
+        except OSError:  # The file system has no hard links.
+            write_file(kept, lambda file: file.write(path.read_bytes()))
+    _LOGGER.warning(
+        "%s was changed by hand, or by an older version: it is kept as %s",
+        path,
+        kept.name,
+    )
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:

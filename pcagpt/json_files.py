@@ -26,7 +26,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replaces a JSON file; `strict` converts the value, and a hash seals it.
 
     A value that was read with `parse_json` still has its old seal; the new seal
-    replaces it. A file that a person wrote or changed is kept under another name.
+    replaces it. A file that a person wrote or changed keeps a second name.
     """
     if path.is_file() and not is_sealed(path):
         keep_copy(path)
@@ -109,8 +109,9 @@ def read_json(
 def is_sealed(path: Path) -> bool:
     """Whether `write_json` wrote the file, and it was not changed since."""
     try:
-        content = parse_json(path.read_bytes())
-    except ValueError:
+        is_large = path.stat().st_size > _LARGEST_JSON
+        content = None if is_large else parse_json(path.read_bytes())
+    except (OSError, ValueError):
         return False
     is_object = isinstance(content, dict)
     return is_object and content.pop(_SEAL, None) == _sha256_of_json(content)

@@ -1,6 +1,7 @@
 """What TensorBoard and W&B show: read back from the files that they get."""
 
 import errno
+import functools
 import io
 import json
 import os
@@ -354,13 +355,45 @@ def test_the_projector_has_the_most_frequent_tokens_before_and_after(
     assert not list((folder / PROJECTOR).rglob("*.replaced-*"))
 
 
+def project(folder, number):
+    tables = {"before": np.full((2, 3), number)}
+    tensorboard_files.write_projector(folder, tables, [(1, "a"), (2, "b")], "nt")
+
+
+def test_a_killed_command_leaves_files_of_its_own_in_the_projector(
+    tmp_path, monkeypatch
+):
+    for number in (1.0, 2.0, 3.0):
+        project(tmp_path, number)
+        with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+
+            def killed(*_):
+                raise KeyboardInterrupt
+
+            context.setattr(tensorboard_files, "write_file", killed)
+            project(tmp_path, number + 0.5)
+    project(tmp_path, 4.0)
+    assert not list(tmp_path.rglob("*.replaced-*"))
+    assert projected(tmp_path)["before"][1].tolist() == [[4.0] * 3] * 2
+
+
+def test_a_linked_folder_of_the_projector_is_not_written_to(tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "tensors.tsv").write_text("7\n")
+    place = tmp_path / "run" / PROJECTOR
+    place.mkdir(parents=True)
+    (place / "before").symlink_to(theirs)
+    project(tmp_path / "run", 1.0)
+    assert {path.name for path in theirs.iterdir()} == {"tensors.tsv"}
+    assert (theirs / "tensors.tsv").read_text() == "7\n"
+    (kept,) = place.glob("before.replaced-*")
+    assert kept.readlink() == theirs
+
+
 def test_what_a_person_changed_in_the_projector_is_kept(tmp_path):
     place = tmp_path / PROJECTOR
-
-    def write(number):
-        tables = {"before": np.full((2, 3), number)}
-        tensorboard_files.write_projector(tmp_path, tables, [(1, "a"), (2, "b")], "nt")
-
+    write = functools.partial(project, tmp_path)
     write(1.0)
     write(2.0)
     assert not list(place.rglob("*.replaced-*"))
@@ -375,10 +408,10 @@ def test_what_a_person_changed_in_the_projector_is_kept(tmp_path):
     (place / "written.json").write_text("no JSON")
     write(2.0)
     write(3.0)
-    theirs[outside] = "7\t7\t7\n"
     assert outside.read_text() == "7\t7\t7\n"
+    assert not (table.is_symlink() or list(place.rglob("tensors.tsv.replaced-*")))
     for path, text in theirs.items():
-        (kept,) = place.rglob(f"{path.name.replace('outside', 'tensors')}.replaced-*")
+        (kept,) = place.rglob(f"{path.name}.replaced-*")
         assert kept.read_text() == text
     assert projected(tmp_path)["before"][1].tolist() == [[3.0] * 3] * 2
 

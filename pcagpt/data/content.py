@@ -69,7 +69,10 @@ def content_of(path: Path, cache_dir: Path) -> Content:
         with contextlib.suppress(OSError):
             if file.parent == cache_dir:
                 cache_dir.mkdir(parents=True, exist_ok=True)
-            write_json(file, {**_entries(file), path.name: entry})
+            entries = _entries(file)
+            if not entries:  # Nobody needs a damaged cache.
+                file.unlink(missing_ok=True)
+            write_json(file, {**entries, path.name: entry})
             break
     return content
 

@@ -10,7 +10,6 @@ from pcagpt.data.tokenizer_settings import ADDED, CONFIG, PARTS, config_beside
 from pcagpt.data.vocabulary_files import (
     DAMAGED,
     RANK_ENDING,
-    WHOLE,
     ids_by_text,
     letters_of,
     ranks_in,
@@ -20,6 +19,7 @@ from pcagpt.json_files import read_json
 
 _FILLED = re.compile(r"\[PAD\d+\]")  # in GGUF: a row without a token
 _FEW = 0.01  # Converters write some added tokens in another way.
+_UNREADABLE = (UserError, OSError, UnicodeDecodeError)
 
 
 def check_is_models(model: Path, name: str) -> None:
@@ -34,8 +34,9 @@ def check_is_models(model: Path, name: str) -> None:
     Raises:
       UserError: the texts are of another tokenizer.
     """
-    texts = {number: text for text, number in _ids_by_text(name).items()}
+    texts: dict[int, str] = {}
     for file, stated in _stated(model):
+        texts = texts or {number: text for text, number in _ids_by_text(name).items()}
         common = [number for number in stated if number in texts]
         differing = [n for n in common if texts[n].strip() != stated[n].strip()]
         if not common:
@@ -51,45 +52,65 @@ def check_is_models(model: Path, name: str) -> None:
             f"{file}, which came with the model ({len(differing):,} of "
             f"{len(common):,} ids differ)"
         )
-        if len(differing) > _FEW * len(common):
+        if len(differing) > max(1, _FEW * len(common)):
+            is_model = file == model
+            remedy = "" if is_model else ", or move that file away if it is wrong"
             raise UserError(
-                f"{said}: name the model's own tokenizer as --config.data.tokenizer"
+                f"{said}: name the model's own tokenizer as "
+                f"--config.data.tokenizer{remedy}"
             )
         warn_once(f"{said}: make sure that {name} is the model's tokenizer")
 
 
 def _stated(model: Path) -> Iterator[tuple[Path, dict[int, str]]]:
     """(file, texts by id) of all that tells of tokens; {} if it cannot be read."""
-    if model.suffix == gguf_header.ENDING and model.is_file():
-        texts = gguf_header.tokenizer_fields(model).tokens
-        yield model, {n: t for n, t in enumerate(texts) if not _FILLED.fullmatch(t)}
-    if not model.is_dir():
-        return
-    for file in sorted(model.iterdir()):
-        if any(map(file.match, PARTS)):
-            try:
+    if model.is_file():
+        if texts := _of_gguf(model):
+            yield model, texts
+    elif model.is_dir():
+        for file in sorted(model.iterdir()):
+            if any(map(file.match, PARTS)):
                 yield file, _texts_in(file)
-            except (UserError, OSError, UnicodeDecodeError):
-                yield file, {}
-    decoder = config_beside(model / WHOLE).get("added_tokens_decoder")
-    added = decoder.items() if isinstance(decoder, dict) else ()
-    texts = {
+        settings = model / CONFIG
+        try:
+            decoder = config_beside(settings).get("added_tokens_decoder")
+        except _UNREADABLE:
+            yield settings, {}
+        else:
+            if texts := _of_decoder(decoder):
+                yield settings, texts
+
+
+def _of_gguf(file: Path) -> dict[int, str]:
+    try:
+        texts = gguf_header.tokenizer_fields(file).tokens
+    except _UNREADABLE:  # It has no tokenizer.
+        return {}
+    return {n: text for n, text in enumerate(texts) if not _FILLED.fullmatch(text)}
+
+
+def _of_decoder(decoder: object) -> dict[int, str]:
+    entries = decoder.items() if isinstance(decoder, dict) else ()
+    return {
         int(number): one["content"]
-        for number, one in added
-        if number.isdecimal() and isinstance(one, dict)
+        for number, one in entries
+        if re.fullmatch("[0-9]{1,10}", number) and isinstance(one, dict)
         if isinstance(one.get("content"), str)
     }
-    if texts:
-        yield model / CONFIG, texts
 
 
 def _texts_in(file: Path) -> dict[int, str]:
-    if file.name == "vocab.txt":
-        return dict(enumerate(file.read_text("utf-8").splitlines()))
-    if file.name == ADDED:
-        ids = read_json(file, DAMAGED) or {}
-    else:
-        ids = _ids_by_text(str(file)) if file.suffix in (".json", RANK_ENDING) else {}
+    try:
+        if file.name == "vocab.txt":
+            lines = file.read_text("utf-8").removesuffix("\n").split("\n")
+            return dict(enumerate(lines))
+        if file.name == ADDED:
+            ids = read_json(file, DAMAGED) or {}
+        else:
+            is_known = file.suffix in (".json", RANK_ENDING)
+            ids = _ids_by_text(str(file)) if is_known else {}
+    except _UNREADABLE:
+        return {}
     return {number: text for text, number in ids.items() if type(number) is int}
 
 

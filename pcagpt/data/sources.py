@@ -62,7 +62,7 @@ class TokenFolder(NamedTuple):
 
     @property
     def notice(self) -> str:
-        """A line that names what is not read as tokens; '' for nothing."""
+        """A line that names what is not read as tokens; '' if there is nothing."""
         used = {f"{split}.bin" for split in SPLITS} | {*META_FILES, content.NAME}
         others = text_files.other_names(self.folder, used)
         return (

@@ -134,11 +134,8 @@ def _is_litdata(path: Path) -> bool:
         items, first = (int.from_bytes(file.read(4), "little") for _ in range(2))
         end = 4 * (items + 1)
         file.seek(min(end, size))
-        return (
-            items > 0
-            and first == end + 4
-            and file.read(4) == size.to_bytes(4, "little")
-        )
+        last = int.from_bytes(file.read(4), "little")
+    return items > 0 and (first, last) == (end + 4, size)
 
 
 def _dtype(path: Path, content: Content, info: CorpusInfo, cache_dir: Path) -> str:

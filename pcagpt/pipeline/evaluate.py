@@ -112,7 +112,7 @@ def _protocol_in(path: Path) -> dict[str, Any] | None:
 
 def _write(path: Path, result: dict[str, Any]) -> None:
     """Replaces an earlier result; another file there is moved aside."""
-    with contextlib.redirect_stdout(sys.stderr):  # The result is on stdout.
-        if _protocol_in(path) is None:
+    if _protocol_in(path) is None:
+        with contextlib.redirect_stdout(sys.stderr):  # The result is on stdout.
             move_aside(path)
-        write_json(path, result)
+    write_json(path, result)

@@ -128,7 +128,7 @@ class OwnTokens:
 
     def _compare(self, name: str) -> None:
         """Compares a tokenizer that was named with what is left of the model's own."""
-        if "data" not in self.record and not self._is_told:
+        if not self._is_told:
             lost_tokenizer.check_is_models(self.folder, name)
 
     def check_unedited(self, name: str | None) -> None:
@@ -271,9 +271,10 @@ class OwnTokens:
 
     def check_is_told(self, corpus: CorpusInfo, asked: str) -> None:
         """Raises UserError if nothing says that tokens are those of the model."""
+        if self._is_told:
+            return
         if asked != "auto":
             self._compare(vocabulary.name_of(asked))
-        if self._is_told or asked != "auto":
             return
         if corpus.tokenizer:
             if self.folder.suffix == gguf_header.ENDING and self.folder.is_file():

@@ -16,7 +16,7 @@ import numpy as np
 
 from pcagpt.errors import UserError, naming
 from pcagpt.file_hashes import sha256_of_file
-from pcagpt.files import keep_copy, write_file
+from pcagpt.files import keep_copy, unused_name, write_file
 from pcagpt.json_files import read_json, write_json
 
 # TensorBoard opens on the group that is the first in the alphabet: this one alone.
@@ -185,7 +185,7 @@ def write_projector(
 ) -> None:
     """Writes tables for the embedding projector; replaces those of the same name.
 
-    A file that a person wrote or changed is kept under another name.
+    A file that a person wrote or changed keeps a second name.
 
     Args:
       folder: a run in TensorBoard.
@@ -207,15 +207,19 @@ def write_projector(
     own = _own_digests(place)
     digests = {n: hashlib.sha256(text).hexdigest() for n, text in contents.items()}
     place.mkdir(parents=True, exist_ok=True)
-    # A command that is killed leaves files of both.
-    both = {name: [*own.get(name, [])[-1:], sha256] for name, sha256 in digests.items()}
-    write_json(place / _OWN, own | both)
+    # A command that is killed leaves files of several commands.
+    begun = {name: [*own.get(name, []), sha256] for name, sha256 in digests.items()}
+    write_json(place / _OWN, own | begun)
     for name, content in contents.items():
         path = place / name
+        if path.parent.is_symlink():  # Its target is another folder of a person.
+            path.parent.rename(unused_name(path.parent, "replaced"))
         path.parent.mkdir(exist_ok=True)
-        if path.is_file() and sha256_of_file(path) not in both[name]:
+        if path.is_file() and sha256_of_file(path) not in begun[name]:
             keep_copy(path)
         write_file(path, lambda file, c=content: file.write(c))
+    ended = {name: [sha256] for name, sha256 in digests.items()}
+    write_json(place / _OWN, own | ended)
 
 
 def _own_digests(place: Path) -> dict[str, list[str]]:

@@ -35,7 +35,7 @@ STREAMED = 128  # rows of a streamed tile
 SLOTS = 4  # streamed tiles in shared memory; at least 3: two used, one awaited
 WIDTH = 64  # of the columns that products read; the rank is padded to a multiple
 MAX_RANK = 128  # Results of a higher rank do not fit in the registers.
-MARGIN = 32  # Weights start below 2**-MARGIN, so that later ones may be higher.
+MARGIN = 32  # Weights are at most 2**-MARGIN at first; later ones may be higher.
 LARGEST_SUM = 2.0**96  # Products of a larger one with the table could overflow.
 
 
@@ -44,7 +44,7 @@ def fits(rank: int, dtype) -> bool:
     return launch.has_wgmma() and dtype == jnp.bfloat16 and rank <= MAX_RANK
 
 
-@functools.partial(jax.jit, static_argnames="size")  # References need it.
+@functools.partial(jax.jit, static_argnames="size")  # References only work in `jit`.
 def summarize(
     z_NK: jax.Array, wte_VK: jax.Array, size: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -92,9 +92,9 @@ def summarize(
 def _summarize(z_ref, wte_ref, normaliser_ref, mean_ref, *, size: int):
     """Kernel: keeps a tile of tokens and streams the table.
 
-    Weights are relative to the highest logit of the first streamed tile. To follow the
-    highest one from tile to tile takes a tenth of the time. A sum that is too large
-    becomes infinite.
+    Weights are relative to the highest logit of the first streamed tile: a running
+    maximum would take a tenth of the kernel's time. A sum that is too large becomes
+    infinite.
     """
     first, programs = launch.program()
     turns = lax.div(z_ref.shape[0] // KEPT - first + programs - 1, programs)
@@ -102,7 +102,7 @@ def _summarize(z_ref, wte_ref, normaliser_ref, mean_ref, *, size: int):
 
 
 def _summarize_lost(z_ref, wte_ref, is_lost_ref, normaliser_ref, mean_ref, *, size):
-    """Kernel: the same for tiles of tokens that lost a sum, and for all logits.
+    """Kernel: the same with a running maximum, for tiles with a sum that was too large.
 
     Each program has one tile. Most have nothing to do.
     """
@@ -113,6 +113,7 @@ def _summarize_lost(z_ref, wte_ref, is_lost_ref, normaliser_ref, mean_ref, *, si
 def _visit_table(
     turns, follows_highest: bool, z_ref, wte_ref, normaliser_ref, mean_ref, size: int
 ):
+    """Both kernels: `turns` tiles of tokens, each with the whole table."""
     steps = pl.cdiv(size, STREAMED)
     first, programs = launch.program()
 
@@ -175,7 +176,7 @@ def table_gradient(
     negative or at least V matches no row.
     """
     size, rank = wte_VK.shape
-    # It takes the kernel longer to compare each row with each target.
+    # The kernel would take longer, because it would compare each row with each target.
     own_row_N = jnp.where(targets_N < 0, size, targets_N)
     occurrences_VK = jnp.zeros((size, rank), jnp.float32)
     occurrences_VK = occurrences_VK.at[own_row_N].add(z_NK, mode="drop")
