@@ -6,6 +6,7 @@ import inspect
 import itertools
 import json
 import logging
+import mmap
 import os
 import shutil
 import subprocess
@@ -724,6 +725,10 @@ REFUSED = {
         m, max_bytes=9, methods=5
     ),
     "the text is 5: it must be a str": lambda m: m.encode(5),
+    "a text is given as bytes, which": lambda m: m.loss(b"The people"),
+    "a text is given as bytearray": lambda m: m.loss(bytearray(b"The people")),
+    "a text is given as memoryview": lambda m: m.logits(memoryview(b"The people")),
+    "a text is given as mmap": lambda m: m.loss(mmap.mmap(-1, 9)),
     "'kl' needs statistics of the model": lambda m: pcagpt.factorize(
         m.table, 2, method="kl"
     ),

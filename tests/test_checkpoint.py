@@ -73,6 +73,31 @@ def test_an_old_checkpoint_is_taken_away_whole_before_its_files_are_deleted(
     assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["3"]
 
 
+def test_what_a_person_put_into_an_old_checkpoint_is_kept(tmp_path, said):
+    save(tmp_path, {1: 1.0})
+    old = tmp_path / "ckpt" / "1"
+    (old / "notes.txt").write_text("the best one")
+    (old / "weights" / "mine").mkdir()
+    (old / "weights" / "mine" / "plot.txt").write_text("a plot")
+    (old / "link").symlink_to(tmp_path)
+    save(tmp_path, {2: 0.5, 3: 0.4, 4: 0.3})
+    assert checkpoint.steps(tmp_path) == [4] and tmp_path.exists()
+    (kept,) = (tmp_path / "ckpt").glob("1.replaced-*")
+    assert (kept / "notes.txt").read_text() == "the best one"
+    assert (kept / "weights" / "mine" / "plot.txt").read_text() == "a plot"
+    assert (kept / "link").readlink() == tmp_path
+    names = {str(file.relative_to(kept)) for file in kept.rglob("*")}
+    assert names == {
+        "notes.txt",
+        "link",
+        "weights",
+        "weights/mine",
+        "weights/mine/plot.txt",
+    }
+    (line,) = said()
+    assert line.startswith(f"{old} is deleted") and line.endswith(str(kept))
+
+
 @pytest.mark.parametrize(
     ("owner", "name"), [(digests, "_stored"), (checkpoint, "read_weights")]
 )

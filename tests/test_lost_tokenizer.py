@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 from pcagpt.data import lost_tokenizer
 from pcagpt.data.meta import CorpusInfo
 from pcagpt.errors import UserError
+from pcagpt.run.own_tokens import OwnTokens
 from pcagpt.run.trained import Run
 
 tokenizer_folders = pytest.importorskip(
@@ -106,6 +107,32 @@ def test_the_tokens_of_a_gguf_file_refuse_another_tokenizer(right, wrong, tmp_pa
     gguf_files.write(file, right, says={"pre": "a-new-cut"})
     tokens = Run.open(file, any_architecture=True).tokens
     assert tokens.record["tokenizer"] is None
+    assert tokens.tokenizer_name(str(right)) == str(right)
+    with pytest.raises(UserError, match=OTHER):
+        tokens.tokenizer_name(str(wrong))
+
+
+def test_a_smaller_tokenizer_with_the_same_first_ids_is_refused(llama, right, said):
+    in_vocab(llama, right)
+    content = json.loads(right.read_text())
+    vocab = content["model"]["vocab"]
+    lost = sorted(vocab, key=vocab.get)[-40:]
+    content["model"]["vocab"] = {t: n for t, n in vocab.items() if t not in lost}
+    right.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"is '' in .*\(40 of .* ids differ"):
+        lost_tokenizer.check_is_models(llama, str(right))
+
+
+@pytest.mark.parametrize("field", ["run", "run_from_here"])
+def test_a_compressed_table_knows_the_files_of_its_model(
+    field, llama, right, wrong, tmp_path
+):
+    in_vocab(llama, right)
+    folder = tmp_path / "advised"
+    folder.mkdir()
+    path = {"run": str(llama), "run_from_here": "../llama"}[field]
+    record = {"vocab_size": ROWS, "tokenizer": None, "compressed": {field: path}}
+    tokens = OwnTokens(folder, record)
     assert tokens.tokenizer_name(str(right)) == str(right)
     with pytest.raises(UserError, match=OTHER):
         tokens.tokenizer_name(str(wrong))

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import mmap
 import os
 import re
 import sys
@@ -178,6 +179,12 @@ def array_of(values: ArrayLike, what: str, remedy: str) -> np.ndarray:
 def ids_of(tokens: ArrayLike, known: int) -> np.ndarray:
     """Token ids as int32 [T]; UserError unless all are below `known`."""
     remedy = "give one list of whole numbers, or a str"
+    is_view = isinstance(tokens, memoryview) and tokens.format in ("B", "b", "c")
+    if is_view or isinstance(tokens, bytes | bytearray | mmap.mmap):
+        raise UserError(
+            f"a text is given as {type(tokens).__name__}, which holds bytes: decode "
+            "it, for example with bytes(text).decode()"
+        )
     array = array_of(tokens, "the text", remedy)
     if array.size == 0 and array.ndim == 1:
         return np.zeros(0, np.int32)

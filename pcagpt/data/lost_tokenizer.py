@@ -37,9 +37,12 @@ def check_is_models(model: Path, name: str) -> None:
     texts: dict[int, str] = {}
     for file, stated in _stated(model):
         texts = texts or {number: text for text, number in _ids_by_text(name).items()}
-        common = [number for number in stated if number in texts]
-        differing = [n for n in common if texts[n].strip() != stated[n].strip()]
-        if not common:
+        differing = [
+            number
+            for number, text in stated.items()
+            if texts.get(number, "").strip() != text.strip()
+        ]
+        if not stated:
             warn_once(
                 f"{file} is of the tokenizer of {model}, and could not be compared "
                 f"with {name}: if it is another one, the results are wrong"
@@ -48,11 +51,11 @@ def check_is_models(model: Path, name: str) -> None:
             continue
         first = min(differing)
         said = (
-            f"id {first} is {texts[first]!r} in {name}, and {stated[first]!r} in "
-            f"{file}, which came with the model ({len(differing):,} of "
-            f"{len(common):,} ids differ)"
+            f"id {first} is {texts.get(first, '')!r} in {name}, and "
+            f"{stated[first]!r} in {file}, which came with the model "
+            f"({len(differing):,} of {len(stated):,} ids differ)"
         )
-        if len(differing) > max(1, _FEW * len(common)):
+        if len(differing) > max(1, _FEW * len(stated)):
             is_model = file == model
             remedy = "" if is_model else ", or move that file away if it is wrong"
             raise UserError(

@@ -90,9 +90,27 @@ class Checkpoints:
                 raise
 
     def _empty(self) -> None:
-        """Deletes the files of old checkpoints, on the first process."""
-        if jax.process_index() == 0:
-            shutil.rmtree(self._folder / _DELETED, ignore_errors=True)
+        """Deletes the files of old checkpoints, on the first process.
+
+        Files that a person put there move to STEP.replaced-TIME.
+        """
+        if jax.process_index() > 0:
+            return
+        deleted = self._folder / _DELETED
+        for old in deleted.iterdir() if deleted.is_dir() else ():
+            if others := digests.files_of_others(old):
+                kept = unused_name(self._folder / old.name, "replaced")
+                for file in others:
+                    place = kept / file.relative_to(old)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    file.rename(place)
+                _LOGGER.warning(
+                    "%s is deleted, because newer checkpoints take its place. What "
+                    "pcagpt did not write there is now in %s",
+                    self._folder / old.name,
+                    kept,
+                )
+        shutil.rmtree(deleted, ignore_errors=True)
 
     def _seal(self) -> None:
         """Completes a save. Its folder may still have a temporary name."""

@@ -123,6 +123,22 @@ def seal(folder: Path, run_id: str | None = None) -> None:
         sync(path)
 
 
+def files_of_others(folder: Path) -> list[Path]:
+    """The files in a checkpoint that its digests.json does not list; [] without one."""
+    try:
+        listed = (read_json(folder / FILE, "") or {}).get("files")
+    except UserError:
+        return []
+    own = {FILE, *_UNLISTED}
+    return [
+        path
+        for path in (sorted(folder.rglob("*")) if isinstance(listed, dict) else ())
+        if (path.is_file() or path.is_symlink())
+        and str(path.relative_to(folder)) not in listed
+        and path.name not in own
+    ]
+
+
 def of_arrays(weights: dict) -> dict[str, str]:
     """{path: sha256 of type, shape and content} of nested dicts of host arrays."""
     found = {}

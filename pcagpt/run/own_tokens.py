@@ -128,8 +128,14 @@ class OwnTokens:
 
     def _compare(self, name: str) -> None:
         """Compares a tokenizer that was named with what is left of the model's own."""
-        if not self._is_told:
-            lost_tokenizer.check_is_models(self.folder, name)
+        if self._is_told:
+            return
+        made, places = self.record.get("compressed"), [self.folder]
+        if isinstance(made, dict):  # The files are beside the model it was made of.
+            named = filter(None, map(made.get, ("run", "run_from_here")))
+            places += [self.folder / str(path) for path in named]
+        for place in {path.resolve(): path for path in places}.values():
+            lost_tokenizer.check_is_models(place, name)
 
     def check_unedited(self, name: str | None) -> None:
         """Raises UserError if the file of this name is the run's, but was changed."""
