@@ -60,7 +60,7 @@ def gpt2_merges():
 
 def test_merges_that_change_later_are_noticed(gpt2_merges, tmp_path, monkeypatch):
     monkeypatch.setattr(file_hashes, "is_settled", lambda _: True)
-    vocab = json.dumps(packaged_tokenizers._vocabulary_of("gpt2"))
+    vocab = json.dumps(packaged_tokenizers.ids_by_text_of("gpt2"))
     (tmp_path / "vocab.json").write_text(vocab)
     for merges, name in ((gpt2_merges, "gpt2"), ([], str(tmp_path / "vocab.json"))):
         (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
@@ -84,7 +84,7 @@ def test_a_tokenizer_is_parsed_few_times(byte_level, tmp_path, monkeypatch):
 
 
 def test_the_files_of_gpt2_have_its_name(gpt2_merges, tmp_path):
-    vocab = packaged_tokenizers._vocabulary_of("gpt2")
+    vocab = packaged_tokenizers.ids_by_text_of("gpt2")
     known = {"!": 0, "Ċ": 198, "Ġthe": 262, "<|endoftext|>": 50256}
     assert {text: vocab[text] for text in known} == known
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
@@ -330,7 +330,7 @@ def test_added_tokens_that_transformers_does_not_read_are_no_matter(
 
 @pytest.mark.parametrize("change", [{"added_tokens": 5}, {"merges": [5]}])
 def test_a_damaged_tokenizer_like_gpt2s_is_refused(change, gpt2_merges, tmp_path):
-    vocab = packaged_tokenizers._vocabulary_of("gpt2")
+    vocab = packaged_tokenizers.ids_by_text_of("gpt2")
     end = [{"id": 50256, "content": "<|endoftext|>"}]
     made = {"pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": end} | change
     model = {"type": "BPE", "vocab": vocab, "merges": gpt2_merges} | change
@@ -383,7 +383,7 @@ def test_merges_that_were_cut_off_are_noticed(name, byte_level, tmp_path, caplog
 
 
 def test_gpt2_with_other_files_beside_is_not_taken_for_gpt2(gpt2_merges, tmp_path):
-    vocab = json.dumps(packaged_tokenizers._vocabulary_of("gpt2"))
+    vocab = json.dumps(packaged_tokenizers.ids_by_text_of("gpt2"))
     (tmp_path / "vocab.json").write_text(vocab)
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *gpt2_merges]))
     (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
