@@ -216,8 +216,8 @@ def _tell_of_others(
     if left := [one for one in sorted(before - now) if (workdir / one).exists()]:
         say(
             f"the report in {workdir} no longer shows {', '.join(left)}, which stay "
-            "there: list all ranks and seeds in one command to see all, or repeat "
-            f"{replaced['command']}"
+            "there: list all ranks and seeds in one command to see all, or repeat, "
+            f"with --config.workdir={workdir}, {replaced['command']}"
         )
 
 
