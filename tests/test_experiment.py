@@ -306,7 +306,7 @@ def test_a_report_names_the_runs_that_another_one_showed(copied, capfd):
     execute(changed(copied, ranks=(4,)))
     said = f"the report in {workdir} no longer shows"
     (line,) = [one for one in capfd.readouterr().out.splitlines() if said in one]
-    assert line.endswith(f", or repeat, with --config.workdir={tmp_path}, a command")
+    assert line.endswith(f", or repeat, with --config.workdir={workdir}, a command")
     rows = json.loads((workdir / "results.json").read_text())["rows"]
     shown = {row["folder"] for row in rows}
     names = line.removeprefix(f"{said} ").partition(", which stay there: ")[0]
