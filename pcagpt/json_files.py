@@ -118,7 +118,11 @@ def is_sealed(path: Path) -> bool:
 
 
 def parse_json(text: bytes, has_infinities: bool = False) -> Any:
-    """The value of strict JSON in UTF-8; ValueError for anything else."""
+    """The value of strict JSON in UTF-8; ValueError for anything else.
+
+    It also refuses a field that an object has twice with different values. Readers
+    differ on the one that counts.
+    """
 
     def refuse(word: str) -> None:
         if word == "NaN" or not has_infinities:
@@ -134,10 +138,22 @@ def parse_json(text: bytes, has_infinities: bool = False) -> Any:
         except ValueError:  # Python converts only some thousand digits.
             raise ValueError("a number is too long") from None
 
+    def one_value_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            for name, value in pairs:
+                if value != found[name]:
+                    raise ValueError(f"'{name:.40}' is there twice")
+        return found
+
     try:
         decoded = text.decode("utf-8-sig")  # Some editors begin a file with a mark.
         value = json.loads(
-            decoded, parse_constant=refuse, parse_float=finite, parse_int=whole
+            decoded,
+            object_pairs_hook=one_value_each,
+            parse_constant=refuse,
+            parse_float=finite,
+            parse_int=whole,
         )
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # No lone surrogates.
     except RecursionError:

@@ -729,6 +729,7 @@ REFUSED = {
     "a text is given as bytearray": lambda m: m.loss(bytearray(b"The people")),
     "a text is given as memoryview": lambda m: m.logits(memoryview(b"The people")),
     "a text is given as mmap": lambda m: m.loss(mmap.mmap(-1, 9)),
+    "True and False are no token ids": lambda m: m.loss([2, True, 3]),
     "'kl' needs statistics of the model": lambda m: pcagpt.factorize(
         m.table, 2, method="kl"
     ),

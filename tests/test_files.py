@@ -85,10 +85,19 @@ def test_json_is_strict_in_both_directions(tmp_path):
     expected = {"8": [0.5, None, None], "é": {"n": 3}}
     assert json_files.read_json(path, "delete it") == expected
     assert "é" in path.read_text("utf-8")
-    for bad in ('{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}', '{"a": "\\ud800"}'):
+    twice = '{"a": [{"b": 1, "c": 2, "b": 3}]}'
+    for bad in (
+        '{"a": NaN}',
+        '{"a": -Infinity}',
+        '{"a": 1e999}',
+        '{"a": "\\ud800"}',
+        twice,
+    ):
         path.write_text(bad)
         with pytest.raises(UserError, match="a.json is damaged .*: delete it"):
             json_files.read_json(path, "delete it")
+    path.write_text('{"a": 1, "a": 1}')
+    assert json_files.read_json(path, "delete it") == {"a": 1}
     assert json_files.read_json(tmp_path / "none.json", "delete it") is None
 
 

@@ -192,6 +192,8 @@ def ids_of(tokens: ArrayLike, known: int) -> np.ndarray:
         raise UserError(
             f"token ids have shape {array.shape} and dtype {array.dtype}: {remedy}"
         )
+    if isinstance(tokens, list | tuple) and any(type(one) is bool for one in tokens):
+        raise UserError(f"True and False are no token ids: {remedy}")  # NumPy: 1 and 0.
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= known:
         raise UserError(
