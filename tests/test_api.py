@@ -710,6 +710,10 @@ REFUSED = {
     "temperature is inf: it must be finite": lambda m: m.generate(
         "The", temperature=10**400
     ),
+    "the text is '.*.py', the path of a file": lambda m: m.loss(__file__),
+    r"data\['val'\] is '.*', the path of a file": lambda m: pcagpt.compress(
+        m, **BOUND, data=SMALL | {"val": __file__}
+    ),
     "the text has half of a surrogate pair": lambda m: m.loss("The people\ud83d of"),
     "has half of a surrogate pair: decode it anew": lambda m: pcagpt.compress(
         m, **BOUND, data=SMALL | {"val": "The people\ud83d of"}

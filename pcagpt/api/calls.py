@@ -103,6 +103,19 @@ def encoded(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(text, allowed_special={END_OF_TEXT})
 
 
+def check_is_no_file(text: str, what: str) -> None:
+    """UserError if a text is the path of a file: nobody measures the path itself."""
+    try:
+        is_file = Path(text).expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):  # It is too long, or begins with "~".
+        return
+    if is_file:
+        raise UserError(
+            f"{what} is {text!r}, the path of a file: give the text in it, for example "
+            "Path(...).read_text()"
+        )
+
+
 def settings_of(task: str, given: Mapping[str, Any]) -> Settings:
     """Settings of a task with the defaults and these knobs; UserError as on a command.
 

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from pcagpt.api.calls import (
     absolute,
     call,
+    check_is_no_file,
     encoded,
     ids_of,
     list_of,
@@ -77,11 +78,11 @@ class Model:
           text: a str, or token ids [T].
 
         Raises:
-          UserError: fewer than two tokens, ids that the model does not know, or a str
-            although the model has no tokenizer.
+          UserError: fewer than two tokens, ids that the model does not know, the path
+            of a file, or a str although the model has no tokenizer.
         """
         with call():
-            tokens_T = self._tokens(text)
+            tokens_T = self._text_tokens(text)
             if len(tokens_T) < 2:
                 raise UserError(
                     f"the text has {len(tokens_T)} tokens: at least two are needed, to "
@@ -106,7 +107,7 @@ class Model:
         Raises UserError as `loss` does, and for no token or too many.
         """
         with call():
-            tokens_T = self._tokens(text)
+            tokens_T = self._text_tokens(text)
             if not 1 <= len(tokens_T) <= self.block_size:
                 raise UserError(
                     f"the text has {len(tokens_T)} tokens: the model reads from 1 to "
@@ -241,6 +242,11 @@ class Model:
                 f"token id {ids_T[~known_T][0]} is unknown: the tokenizer of this "
                 "model has no text for it"
             )
+
+    def _text_tokens(self, text: ArrayLike) -> np.ndarray:
+        if isinstance(text, str):
+            check_is_no_file(text, "the text")
+        return self._tokens(text)
 
     def _tokens(self, text: ArrayLike) -> np.ndarray:
         # A tokenizer may have added tokens that the model lacks.

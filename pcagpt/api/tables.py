@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from pcagpt.api.calls import (
     absolute,
     call,
+    check_is_no_file,
     encoded,
     ids_of,
     list_of,
@@ -145,8 +146,8 @@ def compress(
       max_added_loss: finds the smallest table that adds at most this loss, in nats per
         token. One of the two bounds must be given.
       data: the text. None: that on which the run was trained; a name, a text file or a
-        folder, as for `data.source`; or {'train': text, 'val': text}, each a str or
-        token ids.
+        folder, as for `data.source`; or {'train': text, 'val': text}, each a str, which
+        is no path, or token ids.
       methods: names of methods and codes, as for `compress.methods`; 'all'; empty: the
         command's own choice.
       bands: numbers of frequency bands to try; empty: the command's own choice.
@@ -278,6 +279,7 @@ def _source(run: Run, data: Any, folder: Path, tokenizer: str) -> dict[str, Any]
     place.mkdir()
     for split, text in data.items():
         if isinstance(text, str):
+            check_is_no_file(text, f"data['{split}']")
             text = np.array(encoded(tokenizer_of(run, settings), text), np.int64)
         tokens = ids_of(text, size)
         if len(tokens) < 2:
