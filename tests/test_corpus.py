@@ -576,6 +576,12 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
         (b"../.git/annex/objects/W/6/SHA256E-s12--4d7a", "is a git-annex pointer"),
         (b"\n<!DOCTYPE html>\n<title>404</title>", "is a web page, .*: download the"),
         (b"<HTML lang=en><body>Not found</body>", "is a web page"),
+        (
+            b'{"text": "One {1}."}\n{"text": "Two."}\n',
+            "JSON lines: write only the texts",
+        ),
+        (b'{"text": "One."}', "it is JSON lines"),
+        (b'[\n  {"text": "One."}\n]', "it is JSON: write only"),
     ],
 )
 def test_what_stands_for_a_file_is_not_taken_for_it(
@@ -586,7 +592,9 @@ def test_what_stands_for_a_file_is_not_taken_for_it(
 
 
 def test_text_about_pointers_and_pages_is_text(folder, cache):
-    for text in (f"See {LFS.decode()}", "<|endoftext|><!DOCTYPE html>", "<html5"):
+    marked = ["<!DOCTYPE html>", '{"a": 1}\n{"a": 2}\n']
+    texts = [f"See {LFS.decode()}", "<html5", '{"a" is a set}\n{"b"}\n', '[{"a"}]']
+    for text in [*texts, *("<|endoftext|>" + text for text in marked)]:
         (folder / "train.txt").write_text(text)
         open_corpus(str(folder), cache).tokens("train")
 

@@ -5,6 +5,10 @@ import re
 import numpy as np
 
 HEAD_BYTES = 1 << 16  # the part of a file that is looked at
+_FROM_JSON = (
+    "write only the texts that are in it, with <|endoftext|> between them, or, if JSON "
+    "is the text, write <|endoftext|> before it"
+)
 _FOREIGN = {
     rb"\x93NUMPY": "a .npy file: write its ids with tofile() instead of np.save()",
     rb"PK\x03\x04": "a zip archive, perhaps an .npz or a PyTorch file",
@@ -33,6 +37,9 @@ _FOREIGN = {
         "a web page, perhaps an error message: download the file again, or, if it is "
         "the text, write <|endoftext|> before it"
     ),
+    # Lines of objects; a list of objects.
+    rb"\s*\{ *\"[^\"\n]+\" *:[^\n]*\}\s*(?:\n\{|\Z)": f"JSON lines: {_FROM_JSON}",
+    rb"\s*\[\s*\{\s*\"\w+\"\s*:": f"JSON: {_FROM_JSON}",
     rb"LITPKDS": "lit-gpt's: read its chunks with PackedDataset, and write plain ids",
     # 20240520 for GPT-2's tokens, 20240801 for those of Llama.
     rb"\x88\xd8\x34\x01|\xa1\xd9\x34\x01": "llm.c's: drop its header of 1,024 bytes",
