@@ -1,5 +1,6 @@
 """Tokenizers that a person names for a model that lost its own."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ from safetensors.numpy import save_file
 
 from pcagpt.data import lost_tokenizer
 from pcagpt.data.meta import CorpusInfo
+from pcagpt.data.vocabulary_files import letters_of
 from pcagpt.errors import UserError
 from pcagpt.run.own_tokens import OwnTokens
 from pcagpt.run.trained import Run
@@ -148,6 +150,24 @@ def test_few_other_texts_are_a_line_and_rows_without_a_token_are_none(
     lost_tokenizer.check_is_models(llama, str(right))
     (line,) = said()
     assert line.startswith("id 7 is ") and "(1 of " in line
+
+
+@pytest.mark.parametrize("write", [str, lambda text: letters_of(text.encode())])
+def test_a_corpus_of_characters_is_compared_with_a_models_vocabulary(
+    write, llama, said
+):
+    characters = ("", "\n", " ", "é", *"abcdefghij")
+    vocab = {write(text): number for number, text in enumerate(characters) if text}
+    vocab["<pad>"] = len(characters)  # No corpus has it.
+    (llama / "vocab.json").write_text(json.dumps(vocab))
+    tokens = Run.open(llama, any_architecture=True).tokens
+    corpus = CorpusInfo("text", ("val",), ROWS, None, characters=characters)
+    tokens.check_is_told(corpus, "auto")
+    assert not said()
+    other = (*characters[:4], *characters[:3:-1])
+    corpus = dataclasses.replace(corpus, characters=other)
+    with pytest.raises(UserError, match=r"id 4 is 'j' in text, and .*\(10 of 13"):
+        tokens.check_is_told(corpus, "auto")
 
 
 def test_a_gguf_file_without_tokens_takes_a_tokenizer(tmp_path, right, monkeypatch):

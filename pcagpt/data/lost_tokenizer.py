@@ -1,4 +1,4 @@
-"""Compares a tokenizer that a person names with what is left of a model's own one."""
+"""Compares a named tokenizer, or a corpus, with what is left of a model's own one."""
 
 import re
 from collections.abc import Iterator
@@ -22,21 +22,26 @@ _FEW = 0.01  # Converters write some added tokens in another way.
 _UNREADABLE = (UserError, OSError, UnicodeDecodeError)
 
 
-def check_is_models(model: Path, name: str) -> None:
+def check_is_models(
+    model: Path, name: str, characters: tuple[str, ...] | None = None
+) -> None:
     """Compares the texts of ids that the files of a model state with those of `name`.
 
     A line names a file that cannot be compared, and a text that differs if few do.
 
     Args:
       model: a folder of a model without a tokenizer that can be used, or a GGUF file.
-      name: as `vocabulary.name_of` returns it.
+      name: as `vocabulary.name_of` returns it; of a corpus if `characters` are given.
+      characters: the text of each id of a corpus.
 
     Raises:
       UserError: the texts are of another tokenizer.
     """
-    texts: dict[int, str] = {}
+    texts = dict(enumerate(characters or ()))
     for file, stated in _stated(model):
         texts = texts or {number: text for text, number in _ids_by_text(name).items()}
+        if characters:
+            stated = _as_characters(stated, texts)
         differing = [
             number
             for number, text in stated.items()
@@ -63,6 +68,15 @@ def check_is_models(model: Path, name: str) -> None:
                 f"--config.data.tokenizer{remedy}"
             )
         warn_once(f"{said}: make sure that {name} is the model's tokenizer")
+
+
+def _as_characters(stated: dict[int, str], texts: dict[int, str]) -> dict[int, str]:
+    """What is stated of the ids of a corpus, with its text for the letters of bytes."""
+    return {
+        number: texts[number] if letters_of(texts[number].encode()) == text else text
+        for number, text in stated.items()
+        if texts.get(number)
+    }
 
 
 def _stated(model: Path) -> Iterator[tuple[Path, dict[int, str]]]:

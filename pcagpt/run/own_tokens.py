@@ -126,8 +126,8 @@ class OwnTokens:
             return vocabulary.describe(name).sha256 == recorded
         return vocabulary.are_same(own, name)
 
-    def _compare(self, name: str) -> None:
-        """Compares a tokenizer that was named with what is left of the model's own."""
+    def _compare(self, name: str, characters: tuple[str, ...] | None = None) -> None:
+        """Compares what was named with what is left of the model's own tokenizer."""
         if self._is_told:
             return
         made, places = self.record.get("compressed"), [self.folder]
@@ -135,7 +135,7 @@ class OwnTokens:
             named = filter(None, map(made.get, ("run", "run_from_here")))
             places += [self.folder / str(path) for path in named]
         for place in {path.resolve(): path for path in places}.values():
-            lost_tokenizer.check_is_models(place, name)
+            lost_tokenizer.check_is_models(place, name, characters)
 
     def check_unedited(self, name: str | None) -> None:
         """Raises UserError if the file of this name is the run's, but was changed."""
@@ -282,6 +282,8 @@ class OwnTokens:
         if asked != "auto":
             self._compare(vocabulary.name_of(asked))
             return
+        if corpus.characters:
+            self._compare(corpus.name, corpus.characters)
         if corpus.tokenizer:
             if self.folder.suffix == gguf_header.ENDING and self.folder.is_file():
                 vocabulary.load(str(self.folder))  # Says why it was not taken.
