@@ -195,6 +195,7 @@ def test_odd_numbers_of_added_tokens_do_no_harm(llama, right, said):
         "vocab.json",
         "merges.txt",
         "vocab.txt",
+        "tekken.json",
         "added_tokens.json",
         "tokenizer_config.json",
     ],

@@ -26,7 +26,7 @@ _MODEL = "config.json"  # of the model
 _SPECIAL = "special_tokens_map.json"
 GPT2 = "GPT2Tokenizer"  # a class of transformers
 # Files that a folder with GPT-2's tokens does not have alone.
-PARTS = (VOCAB, MERGES, ADDED, "vocab.txt", "*.model", "*.tiktoken")
+PARTS = (VOCAB, MERGES, ADDED, "vocab.txt", "tekken.json", "*.model", "*.tiktoken")
 _ENDS = ("bos_token", "eos_token", "unk_token")  # <|endoftext|> if none is named
 SAVE_WHOLE = (
     f"save it as {WHOLE}, with AutoTokenizer and save_pretrained of transformers"
