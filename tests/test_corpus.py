@@ -1,6 +1,7 @@
 """Sources of text and tokens: what is read, what is written, what is refused."""
 
 import collections
+import dataclasses
 import errno
 import gzip
 import hashlib
@@ -34,6 +35,7 @@ from pcagpt.data import (
     vocabulary,
 )
 from pcagpt.data import corpus as corpus_module
+from pcagpt.data.characters import CharacterTokenizer
 from pcagpt.data.corpus import check_package, count_tokens, describe_corpus, open_corpus
 from pcagpt.data.meta import SPLITS, present_splits
 from pcagpt.data.sources import absolute_source, find_source, sotu_documents
@@ -114,6 +116,8 @@ def test_the_splits_of_sotu_are_as_declared_and_share_no_address(sotu):
         "tokens": {"train": 2195114, "val": 166033, "test": 118490},
         "unknown_tokens": dict.fromkeys(SPLITS, 0),
         "unended_documents": dict.fromkeys(SPLITS, 0),
+        "text_words": {s: sum(map(words_of, documents[s])) for s in SPLITS},
+        "text_bytes": {s: len("".join(documents[s]).encode()) for s in SPLITS},
         "tokens_sha256": {s: sha256_of_file(sotu.folder / f"{s}.bin") for s in SPLITS},
     }
     assert {split: len(sotu.tokens(split)) for split in SPLITS} == meta["tokens"]
@@ -301,12 +305,29 @@ def test_counting_never_converts_the_whole_file_and_is_done_once(
     assert count_tokens(np.uint32([3, 1, 3]), 5).tolist() == [0, 1, 0, 2, 0]
 
 
+def words_of(text):
+    return len(text.split()) + text.count("\n")
+
+
 @pytest.mark.parametrize("chunk", [1 << 20, 1000])
-def test_text_size_of_sotu_is_that_of_its_text(sotu, chunk, monkeypatch):
+def test_the_tokens_of_sotu_tell_the_size_of_its_text(sotu, chunk, monkeypatch):
     monkeypatch.setattr(token_array, "_CHUNK_TOKENS", chunk)
-    documents = sotu_documents("val")
-    words = sum(len(text.split()) + text.count("\n") for text in documents)
-    assert sotu.text_size("val") == (words, len("".join(documents).encode()))
+    earlier = dataclasses.replace(sotu, text_words={}, text_bytes={})
+    assert earlier.text_size("val") == sotu.text_size("val")
+
+
+def test_the_characters_of_a_meta_file_tell_the_size_of_a_text(folder, cache):
+    text = "zwölf Wörter\n und <|endoftext|>mehr"
+    texts = ["<|endoftext|>", *sorted(set(text))]
+    tokens = CharacterTokenizer(tuple(texts)).encode(text)
+    write_tokens(folder, tokens, "val", vocab_size=len(texts), itos=texts)
+    of_text = text.replace("<|endoftext|>", " ")
+    size = len(of_text.encode()) - 2  # The first character, and the end of a text.
+    assert open_corpus(str(folder), cache).text_size("val") == (5, size)
+    # An id that stands for other characters hides their number.
+    texts[0] = "\ufffd"
+    write_tokens(folder, tokens, "val", vocab_size=len(texts), itos=texts)
+    assert open_corpus(str(folder), cache).text_size("val") is None
 
 
 def test_end_of_text_separates_words_and_is_not_counted(folder, cache):

@@ -251,7 +251,8 @@ def test_a_text_without_a_place_to_cut_is_cut_all_the_same(
     pieces = list(
         tokenize._pieces(blocks, lambda text: tokenize._checked_cut(encode, text))
     )
-    assert "".join(pieces) == document and max(map(len, pieces)) < 3000
+    texts = [piece.text for piece in pieces]
+    assert "".join(texts) == document and max(map(len, texts)) < 3000
 
 
 def test_a_space_that_a_tokenizer_marks_is_left_out_at_a_cut(word_level, monkeypatch):
@@ -268,7 +269,10 @@ def test_a_space_that_a_tokenizer_marks_is_left_out_at_a_cut(word_level, monkeyp
     pieces = list(
         tokenize._pieces([text], lambda text: tokenize._checked_cut(encode, text))
     )
-    assert len(pieces) > 1 and sum(map(encode, pieces), []) == encode(text)
+    texts = [piece.text for piece in pieces]
+    assert len(texts) > 1 and sum(map(encode, texts), []) == encode(text)
+    assert "".join(piece.text + piece.left_out for piece in pieces) == text
+    assert [piece.left_out for piece in pieces[:-1]] == [" "] * (len(pieces) - 1)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import tokenizers
 from command_line import CONFIGS, call, refusal, tiny
 from runs import json_of, snapshot
 from tokenizer_folders import HARD_TEXT, SIZE, TEXT
-from tokenizers import normalizers
+from tokenizers import normalizers, pre_tokenizers
 
 import pcagpt
 from pcagpt import file_hashes, json_files
@@ -23,6 +23,7 @@ from pcagpt.data import (
     file_tokenizer,
     hugging_face_tokenizer,
     packaged_tokenizers,
+    tokenize,
     tokenizer_files,
     tokenizer_settings,
     vocabulary,
@@ -515,7 +516,9 @@ def test_text_is_tokenized_as_a_whole_where_cuts_change_the_ids(
     assert corpus.tokens("train")[:].tolist() == [1, *theirs.encode(long).ids]
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer_files, "load", None)  # It is not needed.
-        assert corpus.text_size("train") is None
+        words = 2000 * (len(TEXT.split()) + TEXT.count("\n"))
+        size = 2000 * len(TEXT.encode())
+        assert corpus.text_size("train") == (words, size)
     again = open_corpus(str(folder), tmp_path / "cache", str(word_level))
     assert (again.folder, again.tokenizer) == (corpus.folder, corpus.tokenizer)
 
@@ -965,9 +968,30 @@ def test_ends_of_documents_without_a_token_are_counted(train, count, place, capl
         caplog.clear()
         corpus = open_corpus("text", place / "cache", file)
         assert corpus.unended == {"train": count, "val": 0}
+        # <|endoftext|> is letters. The first token, an "a", is not predicted.
+        size = len("".join(train).encode()) - 1
+        assert corpus.text_size("train") == (len(" ".join(train).split()), size)
         lines = [line for line in caplog.messages if "ends of documents" in line]
         said = f"ends of documents of text have no token ({count} in train), because"
         assert [line.partition(" nothing")[0] for line in lines] == [said] * (count > 0)
+
+
+def test_words_and_bytes_of_a_text_are_those_before_it_is_cut(
+    word_level, place, monkeypatch
+):
+    monkeypatch.setattr(tokenize, "_PIECE_CHARACTERS", 200)
+    made = tokenizers.Tokenizer.from_file(str(word_level / "tokenizer.json"))
+    # A cut leaves out the space that stands for the mark, as for Llama 2.
+    both = normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")
+    made.normalizer = normalizers.Sequence(list(both))
+    made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    made.save("tokenizer.json")
+    shutil.copy(word_level / "tokenizer_config.json", ".")
+    text = f"{'the people free ' * 99}end{END}of{END}\nthe text"
+    (place / "text/train.txt").write_text(text)
+    corpus = open_corpus("text", place / "cache", "tokenizer.json")
+    size = len(text.replace(END, "").encode())
+    assert corpus.text_size("train") == (3 * 99 + 4 + 1, size)
 
 
 def test_what_lacks_a_token_in_several_splits_is_told_in_one_line(place, caplog):

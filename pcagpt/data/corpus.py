@@ -12,7 +12,7 @@ import filecmp
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ import numpy as np
 import tiktoken
 
 from pcagpt.data import vocabulary
+from pcagpt.data.characters import CharacterTokenizer
 from pcagpt.data.decoded import as_text
 from pcagpt.data.meta import CorpusInfo, odd_splits, present_splits, read_meta
 from pcagpt.data.sources import (
@@ -34,6 +35,7 @@ from pcagpt.data.token_array import TokenArray, pieces
 from pcagpt.data.token_files import TokenFile, check_tokens
 from pcagpt.data.tokenize import write_token_folder
 from pcagpt.data.tokenizer import END_OF_TEXT, RANKS
+from pcagpt.data.words import WordCounter
 from pcagpt.errors import UserError, naming, warn_once
 from pcagpt.file_hashes import is_settled, stamp_in
 from pcagpt.files import folder_name
@@ -45,14 +47,11 @@ TRAINING_PARTS = ("train", "val", "vocab_size", "tokenizer_sha256")
 # Parts of a cache folder's name, the newest first: add one when the tokens change. The
 # second ones are for tokenizers in files, the last ones if these drop characters.
 _RECIPES, _FILE_RECIPES, _DROPPING_RECIPES = (1,), (3, 1), (3, 2, 1)
+_BytesOf = Callable[[list[int]], bytes]  # the UTF-8 of ids
 
 
 class TextSize(NamedTuple):
-    """Size of a split's text.
-
-    As in WikiText, whitespace separates words and each line end is one more word (its
-    raw validation text has 217,646).
-    """
+    """Size of a split's text, with words as `WordCounter` counts them."""
 
     words: int
     bytes: int
@@ -177,35 +176,41 @@ class Corpus(CorpusInfo):
         return count_V
 
     def text_size(self, split: str) -> TextSize | None:
-        """Words and UTF-8 bytes of a split's text; None if the tokens hide them.
+        """Words and UTF-8 bytes of a split's text; None if they are unknown.
 
         `<|endoftext|>` ends a word and is not part of the text. The bytes of the first
-        token are not counted, because no model predicts it. Other tokenizers than
-        tiktoken's do not tell the bytes of a token.
+        token are not counted, because no model predicts it. pcagpt counts them when it
+        tokenizes text. Of other token files, tiktoken's tokenizers and the characters
+        of a meta file tell them.
         """
-        if not (self.tokenizer and vocabulary.tells_bytes(self.tokenizer)):
+        if split in self.text_words and split in self.text_bytes:
+            return TextSize(self.text_words[split], self.text_bytes[split])
+        if (found := self._bytes_of_tokens()) is None:
             return None
-        encoding = vocabulary.load(self.tokenizer)
-        assert isinstance(encoding, tiktoken.Encoding)
-        end = encoding.eot_token
+        bytes_of, end = found
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         first = self.tokens(split)[:1].tolist()
-        words = byte_count = 0
+        words, byte_count = WordCounter(), 0
         if first != [end]:
-            byte_count -= len(encoding.decode_bytes(first))
-        in_word = False
+            byte_count -= len(bytes_of(first))
         for chunk in pieces(self.tokens(split)):
             documents = np.split(chunk, np.flatnonzero(chunk == end))
-            raw = b" ".join(
-                encoding.decode_bytes(ids[ids != end].tolist()) for ids in documents
-            )
+            raw = b" ".join(bytes_of(ids[ids != end].tolist()) for ids in documents)
             byte_count += len(raw) - (len(documents) - 1)
-            text = decoder.decode(raw)
-            words += len(text.split()) + text.count("\n")
-            # A word that continues from the last chunk was already counted.
-            words -= in_word and bool(text[:1].strip())
-            in_word = bool(text[-1:].strip())
-        return TextSize(words, byte_count)
+            words.add(decoder.decode(raw))
+        return TextSize(words.count, byte_count)
+
+    def _bytes_of_tokens(self) -> tuple[_BytesOf, int | None] | None:
+        """(what tells the bytes of ids, the id that ends documents), if known."""
+        if self.tokenizer and vocabulary.tells_bytes(self.tokenizer):
+            encoding = vocabulary.load(self.tokenizer)
+            assert isinstance(encoding, tiktoken.Encoding)
+            return encoding.decode_bytes, encoding.eot_token
+        texts = self.characters or ("\ufffd",)
+        if any("\ufffd" in text or not text for text in texts):
+            return None  # A part of a character, or another text, stands for some ids.
+        letters = CharacterTokenizer(texts)
+        return lambda ids: letters.decode(ids).encode(), letters.eot_token
 
     def _sampled_sha256(self) -> str | None:
         """The hash that earlier versions recorded: of samples of train and val.

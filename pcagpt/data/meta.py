@@ -23,6 +23,14 @@ META_FILES = ("meta.json", "meta.pkl")
 _TEXTS = ("itos", "stoi")
 _PICKLED_FIELDS = ("vocab_size", *_TEXTS)
 _NAMED = 8  # ids in a warning
+# {field of CorpusInfo: numbers of each split in a meta file}
+_BY_SPLIT = {
+    "counts": "tokens",
+    "unknown": "unknown_tokens",
+    "unended": "unended_documents",
+    "text_words": "text_words",
+    "text_bytes": "text_bytes",
+}
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -55,6 +63,8 @@ class CorpusInfo:
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
     unknown: dict[str, int] = dataclasses.field(default_factory=dict)
     unended: dict[str, int] = dataclasses.field(default_factory=dict)
+    text_words: dict[str, int] = dataclasses.field(default_factory=dict)
+    text_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def narrowest(vocab_size: int) -> str:
@@ -112,19 +122,20 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
             f"{path} gives vocab_size {vocab_size!r}: it must be a whole number from 1 "
             f"to {MOST_TOKENS}"
         )
-    dtype, counts = meta.get("dtype"), meta.get("tokens", {})
+    dtype = meta.get("dtype")
     if dtype is not None and dtype not in list(DTYPES):
         raise UserError(f"{path} gives dtype {dtype!r}: it must be uint16 or uint32")
-    hashes, unknown = meta.get("tokens_sha256", {}), meta.get("unknown_tokens", {})
-    unended = meta.get("unended_documents", {})
+    hashes = meta.get("tokens_sha256", {})
+    numbers = {field: meta.get(name, {}) for field, name in _BY_SPLIT.items()}
     if not (
-        all(_is_by_split(numbers, int) for numbers in (counts, unknown, unended))
+        all(_is_by_split(entry, int) for entry in numbers.values())
         and _is_by_split(hashes, str)
     ):
         raise UserError(
             f"{path} is damaged: 'tokens' must give the number of tokens of each split "
-            "as whole numbers, as must 'unknown_tokens' and 'unended_documents', and "
-            "'tokens_sha256' the hash of its file as text"
+            "as whole numbers, as must 'unknown_tokens', 'unended_documents', "
+            "'text_words' and 'text_bytes', and 'tokens_sha256' the hash of its file "
+            "as text"
         )
     name = meta.get("name")
     agreed = _agreed_tokenizer(path, meta, vocab_size, tokenizer)
@@ -146,10 +157,8 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
         ),
         characters=tuple(map(text_of_id.get, range(vocab_size))) if is_text else None,
         dtype=dtype,
-        counts=counts,
         hashes=hashes,
-        unknown=unknown,
-        unended=unended,
+        **numbers,
     )
 
 

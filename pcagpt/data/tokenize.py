@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -22,6 +22,7 @@ from pcagpt.data.file_tokenizer import Lacking
 from pcagpt.data.meta import DTYPES, CorpusInfo, narrowest
 from pcagpt.data.sources import Document, TextSource
 from pcagpt.data.tokenizer import END_OF_TEXT
+from pcagpt.data.words import WordCounter
 from pcagpt.errors import UserError
 from pcagpt.file_hashes import sha256_of_file
 from pcagpt.files import sync, write_file
@@ -37,6 +38,17 @@ _EDGE = re.compile(r"\b")  # of a word: where other tokenizers may allow a cut
 _CONTEXTS, _FEWEST, _TRIED = (64, 1024), 8, 1024
 _LONGEST_PIECE = 1 << 22  # characters
 Cut = tuple[int, int]  # the end of one piece and the start of the next
+
+
+class _Piece(NamedTuple):
+    """A part of a document that is encoded at once.
+
+    left_out: the space behind it that is in no piece, or nothing.
+    """
+
+    text: str
+    left_out: str = ""
+    is_first: bool = False
 
 
 def write_token_folder(
@@ -84,21 +96,25 @@ def write_token_folder(
 def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
     """Writes `<split>.bin` of every split, then meta.json."""
     counts = dict.fromkeys(source.documents, 0)
-    unknown, unended = dict(counts), dict(counts)
+    unknown, unended, text_bytes = dict(counts), dict(counts), dict(counts)
+    words = {split: WordCounter() for split in counts}
     dtype = narrowest(info.vocab_size)
     characters, reported = 0, time.monotonic()
 
     def write(split: str, file: BinaryIO) -> None:
         nonlocal characters, reported
         tokenizer = vocabulary.load(info.tokenizer)
-        of_unknown = getattr(tokenizer, "unknown", None)
+        of_unknown, end = getattr(tokenizer, "unknown", None), tokenizer.eot_token
         ends = 0
-        for ids, length, without in _encode(source.documents[split](), tokenizer):
+        for ids, piece, without in _encode(source.documents[split](), tokenizer):
+            if not counts[split] and ids[:1] != [end]:  # No model predicts it.
+                text_bytes[split] -= len(tokenizer.decode(ids[:1]).encode())
             file.write(np.asarray(ids, DTYPES[dtype]).tobytes())
             counts[split] += len(ids)
             if of_unknown is not None:
                 unknown[split] += ids.count(of_unknown)
-            characters += length
+            text_bytes[split] += _count_text(piece, words[split], end is not None)
+            characters += len(piece.text)
             ends += without
             if process.shows_progress() and time.monotonic() - reported > 2:
                 reported = time.monotonic()
@@ -124,6 +140,8 @@ def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
         "tokens": counts,
         "unknown_tokens": unknown,
         "unended_documents": unended,
+        "text_words": {split: counter.count for split, counter in words.items()},
+        "text_bytes": text_bytes,
         "tokens_sha256": {
             split: sha256_of_file(folder / f"{split}.bin") for split in counts
         },
@@ -131,10 +149,24 @@ def _write_splits(folder: Path, source: TextSource, info: CorpusInfo) -> None:
     write_json(folder / "meta.json", meta)
 
 
+def _count_text(piece: _Piece, words: WordCounter, has_ends: bool) -> int:
+    """Adds the words of a piece to `words` and returns its UTF-8 bytes.
+
+    has_ends: whether `<|endoftext|>` is a token, which is not part of the text.
+    """
+    text = piece.text + piece.left_out
+    texts = text.split(END_OF_TEXT) if has_ends else [text]
+    for number, one in enumerate(texts):
+        if number or piece.is_first:
+            words.end()
+        words.add(one)
+    return sum(len(one.encode()) for one in texts)
+
+
 def _encode(
     documents: Iterable[Document], encoding: vocabulary.Tokenizer
-) -> Iterator[tuple[list[int], int, int]]:
-    """Yields (ids, characters, ends without a token) of each piece.
+) -> Iterator[tuple[list[int], _Piece, int]]:
+    """Yields (ids, piece, ends without a token) of each piece.
 
     What ends a text starts a document. `<|endoftext|>` inside a document is the same
     token, as in GPT-2's own corpora.
@@ -146,7 +178,7 @@ def _encode(
     is_known = isinstance(encoding, tiktoken.Encoding)
     pieces_of = partial(_pieces, cut=_known_cut if is_known else cut)
     pieces = (
-        (number == 0, piece)
+        piece._replace(is_first=number == 0)
         for document in documents
         for number, piece in enumerate(pieces_of(document))
     )
@@ -154,18 +186,18 @@ def _encode(
     threads = os.cpu_count() or 1
     # tiktoken encodes the texts of a batch in parallel threads.
     while batch := list(islice(pieces, 8 * threads)):
-        texts = [text for _, text in batch]
+        texts = [piece.text for piece in batch]
         encoded = encoding.encode_batch(
             texts, num_threads=threads, allowed_special=allowed
         )
-        for (is_first, text), ids in zip(batch, encoded, strict=True):
+        for piece, ids in zip(batch, encoded, strict=True):
             # A text that marks its documents itself gets no second mark.
             is_marked = ids[:1] == mark
-            lost = 0 if mark else is_first + text.count(END_OF_TEXT)
-            yield mark * (is_first and not is_marked) + ids, len(text), lost
+            lost = 0 if mark else piece.is_first + piece.text.count(END_OF_TEXT)
+            yield mark * (piece.is_first and not is_marked) + ids, piece, lost
 
 
-def _pieces(document: Document, cut: Callable[[str], Cut | None]) -> Iterator[str]:
+def _pieces(document: Document, cut: Callable[[str], Cut | None]) -> Iterator[_Piece]:
     """Cuts a document into pieces that encode to the ids of the whole document."""
     blocks, size, enough = [], 0, _PIECE_CHARACTERS
     for block in document:
@@ -176,13 +208,13 @@ def _pieces(document: Document, cut: Callable[[str], Cut | None]) -> Iterator[st
         text = "".join(blocks)
         if found := cut(text):
             end, start = found
-            yield text[:end]
+            yield _Piece(text[:end], text[end:start])
             text = text[start:]
         blocks, size = [text], len(text)
         # Doubling keeps the work linear if the text has no place to cut.
         enough = max(_PIECE_CHARACTERS, 2 * size)
     if blocks:  # Tokens have empty documents, files without a line are none.
-        yield "".join(blocks)
+        yield _Piece("".join(blocks))
 
 
 def _known_cut(text: str) -> Cut | None:
