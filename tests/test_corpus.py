@@ -314,6 +314,9 @@ def test_the_tokens_of_sotu_tell_the_size_of_its_text(sotu, chunk, monkeypatch):
     monkeypatch.setattr(token_array, "_CHUNK_TOKENS", chunk)
     earlier = dataclasses.replace(sotu, text_words={}, text_bytes={})
     assert earlier.text_size("val") == sotu.text_size("val")
+    # Without a hash, the tokens may be those of another text.
+    other = dataclasses.replace(sotu, hashes={}, text_bytes=dict.fromkeys(SPLITS, 7))
+    assert other.text_size("val") == sotu.text_size("val")
 
 
 def test_the_characters_of_a_meta_file_tell_the_size_of_a_text(folder, cache):

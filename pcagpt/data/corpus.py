@@ -180,10 +180,11 @@ class Corpus(CorpusInfo):
 
         `<|endoftext|>` ends a word and is not part of the text. The bytes of the first
         token are not counted, because no model predicts it. pcagpt counts them when it
-        tokenizes text. Of other token files, tiktoken's tokenizers and the characters
-        of a meta file tell them.
+        tokenizes text; the hash says that the tokens are those of that text. Of other
+        token files, tiktoken's tokenizers and the characters of a meta file tell them.
         """
-        if split in self.text_words and split in self.text_bytes:
+        stated = self.hashes, self.text_words, self.text_bytes
+        if all(split in known for known in stated):
             return TextSize(self.text_words[split], self.text_bytes[split])
         if (found := self._bytes_of_tokens()) is None:
             return None

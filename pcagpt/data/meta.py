@@ -46,9 +46,9 @@ class CorpusInfo:
     unknown; characters: the text of each id, from the `itos` or `stoi` of a meta file,
     or None if it is unknown or none has a text; dtype: a key of DTYPES, or None if the
     meta file names none; counts: number of tokens of each split, as far as the meta
-    file states it; hashes, unknown and unended: sha256 of each split's file, how many
-    of its tokens stand for unknown text, and how many ends of documents have no token,
-    if pcagpt tokenized it.
+    file states it. If pcagpt tokenized it, of each split: hashes: sha256 of the file;
+    unknown: number of tokens that stand for unknown text; unended: ends of documents
+    without a token; text_words and text_bytes: as `Corpus.text_size` counts them.
     """
 
     name: str
