@@ -136,6 +136,10 @@ def prepare() -> None:
         os.environ.setdefault(
             "JAX_COMPILATION_CACHE_DIR", str(cache / "pcagpt" / "compilation")
         )
+    # JAX would write that cache in zstd, without a checksum: a flipped bit would change
+    # numbers or end the process. zlib has one, and JAX then compiles again.
+    for name in ("zstandard", "compression.zstd"):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     # The run goes on without a cache.
     warnings.filterwarnings("ignore", r"Error (reading|writing) persistent compilation")
     _keep_freed_memory()

@@ -19,8 +19,8 @@ from runs import assert_equal, changed, execute, json_of, quick_compiles, snapsh
 from test_rows import STORED
 
 from pcagpt import coding, json_files, main, trees
+from pcagpt.compression import fit, write_model
 from pcagpt.compression import sweep as sweep_module
-from pcagpt.compression import write_model
 from pcagpt.compression.candidates import Compressor, recipes
 from pcagpt.compression.codes import KINDS
 from pcagpt.compression.original import Original
@@ -1027,6 +1027,15 @@ def test_the_table_that_fits_a_bound_is_written_as_a_run(asked):
     assert chosen["added_loss"] <= 0.001
     assert chosen in trials
     assert advice_of(asked, max_params=1000)[0]["params"] <= 1000
+
+
+def test_a_loss_that_no_tried_table_fits_is_refused_with_their_number(
+    asked, monkeypatch
+):
+    monkeypatch.setattr(fit.Fit, "_smallest", lambda self, bound: None)
+    words = r"none of the \d+ tables that were tried fits compress.max_added_loss = 0.1"
+    with pytest.raises(UserError, match=words):
+        advice_of(asked, max_added_loss=0.1)
 
 
 @pytest.mark.parametrize("allowed", [2600, 3300])

@@ -1433,7 +1433,7 @@ def test_unusable_files_are_refused(folder, cache, name, content, match):
     refused(folder, cache, match)
 
 
-@pytest.mark.parametrize("tokens", [None, 3, [3], "3", {"train": "3"}])
+@pytest.mark.parametrize("tokens", [None, 3, [3], "3", {"train": "3"}, {"train": -3}])
 def test_a_meta_file_with_damaged_counts_is_refused(folder, cache, tokens):
     write_tokens(folder, [1, 2, 3], vocab_size=65, tokens=tokens)
     refused(folder, cache, r"meta\.json is damaged: 'tokens' must give")

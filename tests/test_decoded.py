@@ -426,7 +426,7 @@ def test_a_named_tokenizer_tells_the_tokens_of_a_teacher_and_its_student(model, 
     assert f"set --config.data.tokenizer={own}, or put its tokenizer.json" in line
     knobs["data"] = {"tokenizer": "sotu4096"}  # It is not the student's.
     line = refusal(*tiny("recover.py", "text", **knobs), unchanged=[teacher])
-    assert f"{model} knows those of {own}: set --config.data.tokenizer={own}" in line
+    assert f"{model} knows those of {own}: set --config.data.tokenizer={own}," in line
     knobs["data"] = {"tokenizer": own}
     outcome = call(*tiny("recover.py", "text", **knobs))
     assert outcome.code == 0, outcome

@@ -480,6 +480,14 @@ SPOILT = {
         add(torch.ones(32), f"{LAYER}.bias"),
         f"has the tensor {LAYER}.bias, which the model of its config.json does not use",
     ),
+    "adapter": (
+        add(torch.ones(4, 32), "lm_head.lora_A.weight"),
+        "has the tensor lm_head.lora_A.weight, which the model of its config.json does",
+    ),
+    "nested_adapter": (
+        add(torch.ones(4, 32), "lm_head.lora_A.default.weight"),
+        "has the tensor lm_head.lora_A.default.weight, which the model of its config",
+    ),
     "layer": (
         add(torch.ones(32), "model.layers.2.input_layernorm.weight"),
         "has the tensor model.layers.2.input_layernorm.weight, which the model of its",

@@ -170,6 +170,13 @@ def test_a_corpus_of_characters_is_compared_with_a_models_vocabulary(
         tokens.check_is_told(corpus, "auto")
 
 
+def test_token_files_that_lost_their_meta_file_are_told(tmp_path):
+    tokens = OwnTokens(tmp_path, {"vocab_size": 12, "characters": list("abcdefghijkl")})
+    corpus = CorpusInfo("copy", ("val",), 50257, "gpt2", is_assumed=True)
+    with pytest.raises(UserError, match=r"copy has no meta file.* knows 12 tokens"):
+        tokens.check(corpus)
+
+
 def test_a_gguf_file_without_tokens_takes_a_tokenizer(tmp_path, right, monkeypatch):
     (tmp_path / "own.gguf").touch()
 

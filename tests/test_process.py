@@ -398,6 +398,29 @@ def test_variables_that_change_numbers_or_stop_commands_are_not_heeded(
     )
 
 
+def test_a_flipped_bit_in_a_compiled_program_is_seen(tmp_path):
+    # With this package, JAX would write programs without a checksum.
+    (tmp_path / "zstandard.py").write_text("raise SystemExit('it was imported')")
+    script = """
+import sys, zlib
+sys.path.insert(0, sys.argv[1])
+from pcagpt import process
+process.prepare()
+from jax._src import compilation_cache
+whole = compilation_cache.compress_executable(bytes(999))
+assert compilation_cache.decompress_executable(whole) == bytes(999)
+for bit in range(8 * len(whole)):
+    flipped = bytearray(whole)
+    flipped[bit // 8] ^= 1 << bit % 8
+    try:
+        assert compilation_cache.decompress_executable(bytes(flipped)) == bytes(999)
+    except zlib.error:
+        pass
+"""
+    ended = python("-c", script, tmp_path)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_values_of_such_variables_that_do_no_harm_are_heeded_without_a_word():
     script = """
 import os

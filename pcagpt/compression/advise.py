@@ -126,5 +126,8 @@ def find(
         remedy = f"raise it{hint}"
         if not is_low:
             remedy = f"{fit.refusal}; try other compress.methods"
-        raise UserError(f"no table fits compress.{name} = {bound}: {remedy}")
+        which = "no table"
+        if name == "max_added_loss":  # It does not try all methods.
+            which = f"none of the {len(fit.trials)} tables that were tried"
+        raise UserError(f"{which} fits compress.{name} = {bound}: {remedy}")
     return chosen, fit.trials

@@ -128,7 +128,10 @@ def read_meta(folder: Path, tokenizer: str) -> CorpusInfo:
     hashes = meta.get("tokens_sha256", {})
     numbers = {field: meta.get(name, {}) for field, name in _BY_SPLIT.items()}
     if not (
-        all(_is_by_split(entry, int) for entry in numbers.values())
+        all(
+            _is_by_split(entry, int) and min(entry.values(), default=0) >= 0
+            for entry in numbers.values()
+        )
         and _is_by_split(hashes, str)
     ):
         raise UserError(

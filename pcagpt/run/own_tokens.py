@@ -196,10 +196,18 @@ class OwnTokens:
             raise UserError(
                 f"{corpus.name} has tokens of {corpus.tokenizer}, but the model of "
                 f"{self.folder} knows those of {own}: set "
-                f"--config.data.tokenizer={own}"
+                f"--config.data.tokenizer={own}, and give the text itself, instead of "
+                "tokens, as --config.data.source"
             )
         known_ids = self.record["vocab_size"]
         if corpus.vocab_size > known_ids and not self._may_fit(corpus):
+            if corpus.is_assumed:
+                raise UserError(
+                    f"{corpus.name} has no meta file, so that its ids are taken for "
+                    f"{corpus.tokenizer}'s, but the model of {self.folder} knows "
+                    f"{known_ids} tokens: put the meta.json or meta.pkl there that "
+                    "tells the ids"
+                )
             raise UserError(
                 f"{corpus.name} has token ids up to {corpus.vocab_size - 1}, but the "
                 f"model of {self.folder} knows {known_ids} tokens: give the corpus "
