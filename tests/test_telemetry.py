@@ -87,18 +87,19 @@ def test_damaged_lines_are_left_out_with_one_warning_and_kept(
     monkeypatch.setattr(logging.getLogger("pcagpt"), "propagate", True)
     with start(tmp_path, tensorboard=False) as log:
         for step in range(5):
-            log.log(step, 64 * step, "train", {"loss": 2.5})
+            log.log(step, 64 * step, "train", {"loss": 2.5, "bits_per_byte": 1.5})
     path = tmp_path / "metrics.jsonl"
     lines = path.read_bytes().splitlines()
+    lines[0] = lines[0].replace(b"1.5", b'{"a": 1}')
     lines[1] = lines[1].replace(b"2.5", b"\xff.5")
     lines[2] = b"[1]"
     lines[3] = lines[3].replace(b"2.5", b"NaN")
     path.write_bytes(b"\n".join(lines))
     with start(tmp_path, tensorboard=False, resume_step=4):
         pass
-    assert [line["step"] for line in read_lines(tmp_path)] == [0, 4]
+    assert [line["step"] for line in read_lines(tmp_path)] == [4]
     record, _ = caplog.records
-    assert "metrics.jsonl: damaged lines are left out: 2, 3, 4" in record.message
+    assert "metrics.jsonl: damaged lines are left out: 1, 2, 3, 4" in record.message
     (kept,) = tmp_path.glob("metrics.jsonl.replaced-*")
     assert kept.read_bytes() == b"\n".join(lines)
 

@@ -15,13 +15,9 @@ from pcagpt.telemetry.boards import Boards, Wanted
 from pcagpt.telemetry.tensorboard_files import VAL_LOSS
 
 _LOGGER = logging.getLogger(__name__)
-# {field of a line in metrics.jsonl: its types}
-_ENTRY = {
-    "step": (int,),
-    "tokens": (int,),
-    "split": (str,),
-    "loss": (int, float, None),
-}
+_NUMBER = (int, float, None)
+# {field of a line in metrics.jsonl: its types}; all others are numbers, too.
+_ENTRY = {"step": (int,), "tokens": (int,), "split": (str,), "loss": _NUMBER}
 _TAGS = {("val", "loss"): VAL_LOSS}
 _UNSHOWN = ("tokens_predicted",)  # The same at each step, it would be a flat curve.
 
@@ -44,7 +40,8 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     for number, line in enumerate(lines, 1):
         try:
             entry = parse_json(line)
-            check_fields(entry, _ENTRY, f"line {number}", "leave it out")
+            fields = dict.fromkeys(entry, _NUMBER) if isinstance(entry, dict) else {}
+            check_fields(entry, fields | _ENTRY, f"line {number}", "leave it out")
             entries.append(entry)
         except (ValueError, UserError):
             is_torn = number == len(lines) and line.startswith(b"{")
